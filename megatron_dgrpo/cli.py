@@ -1,0 +1,111 @@
+"""The command `dgrpo`. Each command imports what it runs when it runs: help, and a mistake in a config, need no torch.
+
+Exit status: 0 done; 1 something failed; 2 the user's input cannot be used; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_dgrpo import __version__
+from megatron_dgrpo.errors import DGRPOError
+
+OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+# What the base install leaves out, and a command may turn out to need.
+HEAVY = ("torch", "megatron", "transformers", "tokenizers", "safetensors", "datasets", "vllm", "nemo_run")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    try:
+        status: int = options.run(options)
+        return status
+    except DGRPOError as error:
+        # A message names its cause and its remedy: where in the code it was raised is nothing to the user.
+        print(f"dgrpo {options.command}: {error}", file=sys.stderr)
+        return BAD_INPUT if isinstance(error, ValueError) else FAILED
+    except ModuleNotFoundError as error:
+        if error.name not in HEAVY:
+            raise
+        print(f"dgrpo {options.command}: {error.name} is not installed here; see `dgrpo doctor`", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print(f"dgrpo {options.command}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dgrpo",
+        description="Long-context post-training on Megatron-Core: GRPO and on-policy distillation in one objective.",
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    train = commands.add_parser(
+        "train",
+        help="run the stages of a config",
+        description="Run the stages of a config. Everything is checked before anything starts.",
+    )
+    train.add_argument(
+        "config", metavar="CONFIG.yaml", type=Path, help="the config; paths in it are relative to the current folder"
+    )
+    train.add_argument(
+        "overrides", metavar="key=value", nargs="*", help="replace a setting: stages.0.steps=100, seed=1"
+    )
+    train.set_defaults(run=_train)
+
+    demo = commands.add_parser(
+        "demo",
+        help="train a tiny student by dGRPO with a real engine, in minutes on two cores",
+        description="Make a retrieval task, a teacher and a student, run dGRPO with a real vLLM engine, and print the "
+        "held-out reward before and after.",
+    )
+    demo.add_argument(
+        "--out", metavar="DIR", type=Path, default=Path("runs/demo"), help="folder for all of it (%(default)s)"
+    )
+    demo.add_argument("--seed", type=int, default=0, help="seed of the task, the models and the rollouts (%(default)s)")
+    demo.set_defaults(run=_demo)
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="what this machine has, what is missing, what that disables, and the remedy",
+        description="Print what was found of all that the project can use, with versions. Exit status 1 when something "
+        "that is needed for the named work is missing.",
+    )
+    doctor.add_argument(
+        "--for",
+        dest="works",
+        choices=("train", "rollout", "launch"),
+        action="append",
+        help="the work that must be possible; may be repeated (train and rollout)",
+    )
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def _train(options: argparse.Namespace) -> int:
+    from megatron_dgrpo.config.loader import load
+    from megatron_dgrpo.launch.run import train
+
+    return train(load(options.config, options.overrides))
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from megatron_dgrpo.train.demo import run_demo
+
+    return run_demo(options.out, options.seed)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from megatron_dgrpo.launch.doctor import examine
+
+    return examine(options.works or ["train", "rollout"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,315 @@
+"""What several settings must agree on, and what must be on the disk: everything that is wrong, before anything starts.
+
+`problems` looks at the config alone, `file_problems` at the files that it names. Each returns sentences that begin with
+the dotted path and end with the remedy; `check` and `check_files` raise them as one error.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_dgrpo.config.explain import nearest
+from megatron_dgrpo.config.schema import DGRPO, Config, Evaluation
+from megatron_dgrpo.errors import ConfigError, listing
+
+
+def check(config: Config) -> None:
+    """Raise everything that is contradictory in a config."""
+    _raise("The config contradicts itself:", problems(config))
+
+
+def check_files(config: Config) -> None:
+    """Raise everything that is contradictory in a config or wrong with the files that it names."""
+    _raise("The config cannot be run as it is:", problems(config) + file_problems(config))
+
+
+def problems(config: Config) -> list[str]:
+    """What is contradictory; touches nothing outside the config."""
+    rules: tuple[Callable[[Config], Iterator[str]], ...] = (
+        _numbers, _model_names, _layouts, _teachers, _engines, _batches, _lengths,
+    )  # fmt: skip
+    return [problem for rule in rules for problem in rule(config)]
+
+
+def file_problems(config: Config) -> list[str]:
+    """What is wrong on the disk. Relative paths are relative to the current folder."""
+    rules: tuple[Callable[[Config], Iterator[str]], ...] = (_model_folders, _tokenizers, _datasets, _run_dir)
+    return [problem for rule in rules for problem in rule(config)]
+
+
+def _raise(title: str, found: list[str]) -> None:
+    if found:
+        raise ConfigError(listing(title, found))
+
+
+def dgrpo_stages(config: Config) -> list[tuple[str, DGRPO]]:
+    """Dotted path and stage."""
+    return [(f"stages.{i}", stage) for i, stage in enumerate(config.stages) if isinstance(stage, DGRPO)]
+
+
+def samplers(config: Config) -> list[tuple[str, DGRPO | Evaluation]]:
+    """Dotted path and section of everything that asks an engine for responses."""
+    found: list[tuple[str, DGRPO | Evaluation]] = list(dgrpo_stages(config))
+    return found + ([("evaluation", config.evaluation)] if config.evaluation else [])
+
+
+# ---- The config alone ------------------------------------------------------------------------------------------------
+
+
+def _numbers(config: Config) -> Iterator[str]:
+    for path, value in _leaves(config.model_dump(), ""):
+        if isinstance(value, float) and not math.isfinite(value):
+            yield f"{path}: {value} is no finite number; give one"
+        if path.endswith("path") or path == "run_dir":
+            if str(value).startswith("~"):
+                yield f"{path}: {value!r}: ~ is not expanded here; write ${{oc.env:HOME}} or the whole path"
+            elif not str(value).strip():
+                yield f"{path}: empty; give a path"
+    for i, stage in enumerate(config.stages):
+        for j, beta in enumerate(stage.optimizer.betas):
+            if not 0 <= beta < 1:
+                yield f"stages.{i}.optimizer.betas.{j}: {beta} is not in [0, 1); 0.9 and 0.95 are usual"
+
+
+def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict | list | tuple):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _leaves(inner, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, value
+
+
+def _model_names(config: Config) -> Iterator[str]:
+    named = [("student", config.student)]
+    named += [(f"teachers.{i}.model", teacher.model) for i, teacher in enumerate(config.teachers)]
+    named += [(f"engines.{name}.model", engine.model) for name, engine in config.engines.items()]
+    for path, name in named:
+        if name not in config.models:
+            yield f"{path}: no model is called {name!r}{nearest(name, config.models)}"
+
+
+def _layouts(config: Config) -> Iterator[str]:
+    for name, model in config.models.items():
+        if model.layout.sequence_parallel and model.layout.tp == 1:
+            yield (
+                f"models.{name}.layout.sequence_parallel: needs tensor parallelism; set models.{name}.layout.tp=2 or "
+                f"more, or models.{name}.layout.sequence_parallel=false"
+            )
+    student = config.models.get(config.student)
+    for name in dict.fromkeys(teacher.model for teacher in config.teachers):
+        teacher = config.models.get(name)
+        if student is None or teacher is None:
+            continue
+        for axis in ("tp", "dp"):
+            ours, theirs = getattr(student.layout, axis), getattr(teacher.layout, axis)
+            if ours != theirs:
+                yield (
+                    f"models.{name}.layout.{axis}: {theirs}, but a teacher runs in the student's layout; "
+                    f"set models.{name}.layout.{axis}={ours}"
+                )
+
+
+def _teachers(config: Config) -> Iterator[str]:
+    names = [teacher.model for teacher in config.teachers]
+    for name in dict.fromkeys(name for name in names if names.count(name) > 1):
+        yield f"teachers: {name!r} is listed {names.count(name)} times; list it once"
+    taught = [path for path, stage in dgrpo_stages(config) if stage.objective.beta > 0]
+    for path in taught:
+        if not names:
+            yield (
+                f"{path}.objective.beta: the KL needs a teacher; add teachers: [{{model: NAME}}], "
+                f"or set {path}.objective.beta=0 for GRPO alone"
+            )
+        elif len(set(names)) > 1:
+            yield f"{path}.objective.beta: the KL is to exactly one teacher, {len(set(names))} are listed; keep one"
+    if names and not taught:
+        why = "every dgrpo stage has objective.beta 0" if dgrpo_stages(config) else "there is no dgrpo stage"
+        yield f"teachers: listed, but no stage uses one ({why}); set teachers=[] or an objective.beta above 0"
+    for path, stage in dgrpo_stages(config):
+        if stage.objective.beta == 0 and not any(reward.weight for reward in stage.rewards):
+            yield (
+                f"{path}: all rewards have weight 0 and objective.beta is 0, so that nothing is learnt; "
+                "give a reward a weight, or beta a value above 0"
+            )
+
+
+def _engines(config: Config) -> Iterator[str]:
+    for path, section in samplers(config):
+        engine = config.engines.get(section.engine)
+        if engine is None:
+            yield f"{path}.engine: no engine is called {section.engine!r}{nearest(section.engine, config.engines)}"
+        elif engine.model != config.student and engine.model in config.models:
+            yield (
+                f"{path}.engine: engine {section.engine!r} serves {engine.model!r}, not the student; "
+                f"set engines.{section.engine}.model={config.student}"
+            )
+    for name, engine in config.engines.items():
+        model = config.models.get(engine.model)
+        if model is not None and (engine.dtype or model.dtype) == "float64":
+            yield f"engines.{name}.dtype: vLLM does not compute in float64; set engines.{name}.dtype=float32"
+
+
+def _batches(config: Config) -> Iterator[str]:
+    for path, stage in dgrpo_stages(config):
+        prompts, updates = stage.prompts_per_step, stage.updates_per_batch
+        if prompts % updates:
+            fitting = max(n for n in range(1, min(prompts, updates) + 1) if prompts % n == 0)
+            yield (
+                f"{path}.updates_per_batch: {updates} updates cannot share {prompts} prompts equally; set "
+                f"{path}.updates_per_batch={fitting} or {path}.prompts_per_step={-(-prompts // updates) * updates}"
+            )
+    for i, any_stage in enumerate(config.stages):
+        if any_stage.micro_batch_tokens < 2:
+            yield (
+                f"stages.{i}.micro_batch_tokens: a sequence has at least a prompt's and a response's token; "
+                "set it to the longest sequence at least"
+            )
+
+
+def _lengths(config: Config) -> Iterator[str]:
+    for path, section in samplers(config):
+        engine = config.engines.get(section.engine)
+        if engine is None:
+            continue
+        if section.sampling.max_tokens >= engine.max_model_len:
+            yield (
+                f"{path}.sampling.max_tokens: {section.sampling.max_tokens} leaves no room for a prompt in "
+                f"engines.{section.engine}.max_model_len={engine.max_model_len}; lower the one or raise the other"
+            )
+        if isinstance(section, DGRPO) and 2 <= section.micro_batch_tokens < engine.max_model_len:
+            yield (
+                f"{path}.micro_batch_tokens: {section.micro_batch_tokens} cannot hold the longest sequence that the "
+                f"engine may return; set {path}.micro_batch_tokens={engine.max_model_len} or more, or "
+                f"engines.{section.engine}.max_model_len={section.micro_batch_tokens} or less"
+            )
+
+
+# ---- The disk --------------------------------------------------------------------------------------------------------
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+def _used_models(config: Config) -> list[str]:
+    """The student, the teachers and whatever an engine serves, each once."""
+    names = [config.student, *(t.model for t in config.teachers), *(e.model for e in config.engines.values())]
+    return [name for name in dict.fromkeys(names) if name in config.models]
+
+
+def _model_folders(config: Config) -> Iterator[str]:
+    for name in _used_models(config):
+        where, folder = f"models.{name}.path", Path(config.models[name].path)
+        if not folder.is_dir():
+            what = "is a file" if folder.exists() else "does not exist"
+            yield (
+                f"{where}: {folder} {what} (looked from {Path.cwd()}); give the folder of a Hugging Face checkpoint, "
+                "downloaded beforehand"
+            )
+            continue
+        yield from (f"{where}: {problem}" for problem in _folder_problems(folder))
+
+
+def _folder_problems(folder: Path) -> Iterator[str]:
+    settings, problem = _read_json(folder / "config.json")
+    if problem:
+        yield f"{problem}; fetch the whole checkpoint"
+    elif not settings.get("architectures") and not settings.get("model_type"):
+        yield f"{folder / 'config.json'} names no architecture; it is not the config of a model"
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        weights, problem = _read_json(index)
+        shards = sorted(set(weights.get("weight_map", {}).values()))
+        if problem:
+            yield f"{problem}; fetch it again"
+        elif missing := [shard for shard in shards if not (folder / shard).is_file()]:
+            yield f"{index} names {', '.join(missing)}, which {folder} lacks; fetch the whole checkpoint"
+    elif not any(folder.glob("*.safetensors")):
+        pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
+        remedy = "convert the pickled weights: they are never read" if pickled else "fetch the whole checkpoint"
+        yield f"{folder} has no *.safetensors; {remedy}"
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        yield f"{folder} has no tokenizer ({', '.join(TOKENIZER_FILES)}); copy the one of the model it comes from"
+
+
+def _read_json(path: Path) -> tuple[dict[str, Any], str]:
+    """The object in a file, or an empty one and what is wrong."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}, f"{path} does not exist"
+    except (OSError, ValueError) as error:
+        return {}, f"{path} cannot be read: {error}"
+    return (value, "") if isinstance(value, dict) else ({}, f"{path} holds no JSON object")
+
+
+def _tokenizers(config: Config) -> Iterator[str]:
+    """A teacher scores the student's token ids: an id must mean the same token to both."""
+    student = config.models.get(config.student)
+    for name in dict.fromkeys(teacher.model for teacher in config.teachers):
+        teacher = config.models.get(name)
+        if student is None or teacher is None or not (Path(student.path).is_dir() and Path(teacher.path).is_dir()):
+            continue
+        if difference := _tokenizer_difference(Path(student.path), Path(teacher.path)):
+            yield f"models.{name}.path: {difference}; take a teacher with the student's tokenizer"
+
+
+def _tokenizer_difference(student: Path, teacher: Path) -> str:
+    ours, theirs = _vocabulary(student), _vocabulary(teacher)
+    if ours is None or theirs is None:
+        common = [name for name in TOKENIZER_FILES if (student / name).is_file() and (teacher / name).is_file()]
+        different = [name for name in common if (student / name).read_bytes() != (teacher / name).read_bytes()]
+        if not common and all(any((f / name).is_file() for name in TOKENIZER_FILES) for f in (student, teacher)):
+            return "its tokenizer has another form than the student's, so that their ids cannot be compared"
+        return f"{', '.join(different)} differs from the student's" if different else ""
+    if changed := [i for i in sorted(ours) if theirs.get(i) != ours[i]]:
+        first = changed[0]
+        return (
+            f"{len(changed)} of the student's {len(ours)} token ids mean something else to this teacher "
+            f"(id {first}: {ours[first]!r} to the student, {theirs.get(first)!r} to the teacher)"
+        )
+    return ""
+
+
+def _vocabulary(folder: Path) -> dict[int, str] | None:
+    """Id -> token, where the folder has a tokenizer.json that says so in a known form."""
+    settings, _ = _read_json(folder / "tokenizer.json")
+    try:
+        vocabulary = settings["model"]["vocab"]
+        if isinstance(vocabulary, list):  # unigram: [token, score] in the order of ids
+            tokens = {i: str(entry[0]) for i, entry in enumerate(vocabulary)}
+        else:
+            tokens = {int(i): str(token) for token, i in vocabulary.items()}
+        return tokens | {int(entry["id"]): str(entry["content"]) for entry in settings.get("added_tokens", [])}
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError):
+        return None
+
+
+def _datasets(config: Config) -> Iterator[str]:
+    named = [(f"stages.{i}.data.path", stage.data.path) for i, stage in enumerate(config.stages)]
+    named += [("evaluation.data.path", config.evaluation.data.path)] if config.evaluation else []
+    for where, path in named:
+        file = Path(path)
+        if not file.is_file():
+            what = "is no file" if file.exists() else "does not exist"
+            yield f"{where}: {file} {what} (looked from {Path.cwd()}); give a JSON-lines file"
+        elif file.stat().st_size == 0:
+            yield f"{where}: {file} is empty; give a file with a row a line"
+
+
+def _run_dir(config: Config) -> Iterator[str]:
+    folder = Path(config.run_dir)
+    if folder.is_dir():
+        if any(folder.iterdir()):
+            yield f"run_dir: {folder} is not empty; name a new folder, or remove it if its run is not needed"
+            return
+    elif folder.exists() or folder.is_symlink():
+        yield f"run_dir: {folder} is no folder; name a new one"
+        return
+    parent = next(p for p in [folder, *folder.absolute().parents] if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        what = "cannot be written to" if parent.is_dir() else "is no folder"
+        yield f"run_dir: {folder} cannot be made: {parent} {what}; name a folder under one that you may write to"

@@ -1,0 +1,202 @@
+"""The whole configuration of a run, as frozen data. Every field says what it is; every default is here and nowhere else.
+
+What one field alone can check is checked here; what several fields must agree on is in `checks.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+
+class Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+DType = Literal["float32", "bfloat16", "float64"]
+
+
+class Layout(Frozen):
+    """How one model is spread over ranks."""
+
+    tp: PositiveInt = 1
+    """Tensor-parallel size: each layer's matrices and the vocabulary are cut into this many shards."""
+    dp: PositiveInt = 1
+    """Data-parallel size: replicas that work on different micro-batches."""
+    sequence_parallel: bool = False
+    """Cut the activations between tensor-parallel regions along the sequence, too (needs tp > 1)."""
+
+    @property
+    def world_size(self) -> int:
+        return self.tp * self.dp
+
+
+class Model(Frozen):
+    """A model in Hugging Face format."""
+
+    path: str
+    """Folder with config.json, safetensors and a tokenizer."""
+    dtype: DType = "bfloat16"
+    """Type of the weights in training (the optimizer's master weights are float32 whenever this is bfloat16)."""
+    layout: Layout = Layout()
+
+
+class Engine(Frozen):
+    """A vLLM engine host: one process around one engine."""
+
+    model: str
+    """Name of the model it serves."""
+    dtype: DType | None = None
+    """Type of its weights; the model's own where none is given."""
+    max_model_len: PositiveInt
+    """Longest prompt plus response, in tokens."""
+    kv_cache_bytes: PositiveInt = 2**28
+    """Memory for keys and values."""
+    max_num_seqs: PositiveInt = 256
+    """Sequences generated at the same time."""
+    prefix_cache: bool = True
+    """Compute a prompt once for all of its samples."""
+    threads: PositiveInt = 1
+    """CPU threads of the host, where it runs on CPU."""
+    start_timeout_s: PositiveFloat = 600.0
+    """How long the host may take to be ready."""
+    request_timeout_s: PositiveFloat = 1800.0
+    """How long a batch of requests may take."""
+    bucket_bytes: PositiveInt = 2**28
+    """Weights arrive in buckets of this size (or of one tensor, where that is larger); two are in flight."""
+
+
+class Teacher(Frozen):
+    """A frozen model that scores the student's tokens."""
+
+    model: str
+    """Name of the model."""
+
+
+class Adam(Frozen):
+    """Megatron's distributed AdamW; norms and biases do not decay."""
+
+    lr: NonNegativeFloat
+    """Learning rate after the warm-up; constant from there."""
+    warmup_steps: NonNegativeInt = 0
+    """Updates over which the learning rate rises linearly from 0."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.01
+    clip_grad: PositiveFloat = 1.0
+    """Largest norm of the whole gradient."""
+
+
+class Dataset(Frozen):
+    """Rows of a JSON-lines file."""
+
+    path: str
+    """The file."""
+    prompt: str = "prompt"
+    """Field of the prompt's text."""
+    answer: str = "answer"
+    """Field of the reference answer: SFT's target, and what rewards compare with."""
+
+
+class Sampling(Frozen):
+    """How responses are drawn. The same temperature divides the student's and the teacher's logits in training."""
+
+    max_tokens: PositiveInt
+    """Longest response, the end-of-sequence token included."""
+    temperature: PositiveFloat = 1.0
+
+
+class Reward(Frozen):
+    """A named reward; the total is the weighted sum."""
+
+    kind: Literal["exact_match"]
+    """exact_match: 1 when the response's text equals the answer's, white space at the ends apart; else 0."""
+    weight: float = 1.0
+
+
+class Advantages(Frozen):
+    """How a group's rewards become advantages: (reward - mean) / (std + epsilon)."""
+
+    std: Literal["population", "sample"] = "population"
+    """Divide the squared deviations by G (population) or by G - 1 (sample)."""
+    epsilon: NonNegativeFloat = 1e-6
+    """Added to the standard deviation. A group of equal rewards has advantage 0 and keeps its KL."""
+
+
+class Objective(Frozen):
+    """dGRPO: the clipped surrogate minus beta times KL(student || teacher), per token, a mean over each response, then
+    over the group, then over the prompts."""
+
+    clip_low: PositiveFloat = 0.2
+    """The ratio is clipped below 1 - clip_low."""
+    clip_high: PositiveFloat = 0.2
+    """The ratio is clipped above 1 + clip_high."""
+    beta: NonNegativeFloat = 0.5
+    """Weight of the KL to the teacher; 0 is GRPO and needs no teacher."""
+    advantages: Advantages = Advantages()
+
+
+class Evaluation(Frozen):
+    """Mean reward on held-out prompts, one response each."""
+
+    data: Dataset
+    engine: str
+    num_prompts: PositiveInt
+    """The first so many rows of the data."""
+    sampling: Sampling
+    rewards: Annotated[tuple[Reward, ...], Field(min_length=1)]
+    every: NonNegativeInt = 0
+    """Evaluate every so many steps, and always before the first and after the last step of a stage (0: only then)."""
+
+
+class Stage(Frozen):
+    data: Dataset
+    steps: NonNegativeInt
+    """Batches to train on."""
+    optimizer: Adam
+    micro_batch_tokens: PositiveInt = 8192
+    """Sequences are packed into micro-batches of at most so many tokens."""
+
+
+class SFT(Stage):
+    """Supervised fine-tuning: negative log-likelihood of the answers, a mean over the batch's answer tokens."""
+
+    kind: Literal["sft"]
+    batch_size: PositiveInt
+    """Examples a step."""
+
+
+class DGRPO(Stage):
+    """Rollouts, rewards, teacher, update, weight transfer."""
+
+    kind: Literal["dgrpo"]
+    engine: str
+    prompts_per_step: PositiveInt
+    group_size: Annotated[int, Field(ge=2)]
+    """Responses per prompt (G)."""
+    updates_per_batch: PositiveInt = 1
+    """Optimizer updates per batch of rollouts; each takes an equal share of the prompts."""
+    sampling: Sampling
+    rewards: Annotated[tuple[Reward, ...], Field(min_length=1)]
+    objective: Objective = Objective()
+
+
+class Config(Frozen):
+    """A run."""
+
+    run_dir: str
+    """Folder for everything that the run leaves behind; it must not exist or be empty."""
+    seed: NonNegativeInt = 0
+    threads_per_rank: PositiveInt = 1
+    """CPU threads of each trainer rank."""
+    collective_timeout_s: PositiveFloat = 600.0
+    """A collective that takes longer ends the run."""
+    models: Annotated[dict[str, Model], Field(min_length=1)]
+    student: str
+    """Name of the model that is trained."""
+    teachers: tuple[Teacher, ...] = ()
+    engines: dict[str, Engine] = {}
+    evaluation: Evaluation | None = None
+    stages: Annotated[tuple[Annotated[SFT | DGRPO, Field(discriminator="kind")], ...], Field(min_length=1)]
+    """Run in order, each from the previous one's weights."""

@@ -1,0 +1,272 @@
+"""Contradictions between settings, and what is missing on the disk: each found, with its remedy, all at once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_dgrpo.config.checks import check, check_files, file_problems, problems
+from megatron_dgrpo.config.schema import Config
+from megatron_dgrpo.errors import ConfigError
+
+
+def data() -> dict[str, Any]:
+    """A config without a contradiction; each test spoils a copy."""
+    dataset = {"path": "data/train.jsonl"}
+    reward = {"kind": "exact_match"}
+    return {
+        "run_dir": "runs/first",
+        "student": "small",
+        "models": {
+            "small": {"path": "models/small", "dtype": "float32", "layout": {"tp": 2, "sequence_parallel": True}},
+            "large": {"path": "models/large", "dtype": "bfloat16", "layout": {"tp": 2}},
+        },
+        "teachers": [{"model": "large"}],
+        "engines": {"main": {"model": "small", "max_model_len": 512}},
+        "evaluation": {
+            "data": dataset, "engine": "main", "num_prompts": 4, "sampling": {"max_tokens": 8}, "rewards": [reward]
+        },
+        "stages": [
+            {"kind": "sft", "data": dataset, "steps": 1, "optimizer": {"lr": 1e-3}, "batch_size": 8},
+            {
+                "kind": "dgrpo", "data": dataset, "steps": 1, "optimizer": {"lr": 1e-3}, "engine": "main",
+                "prompts_per_step": 8, "group_size": 4, "sampling": {"max_tokens": 8}, "rewards": [reward],
+            },
+        ],
+    }  # fmt: skip
+
+
+def spoilt(*changes: tuple[str, Any]) -> Config:
+    """The config with values set at dotted paths; a value of `...` removes the key."""
+    spoiled = json.loads(json.dumps(data()))
+    for path, value in changes:
+        *parents, last = path.split(".")
+        node = spoiled
+        for key in parents:
+            node = node[int(key)] if isinstance(node, list) else node.setdefault(key, {})
+        if value is ...:
+            del node[last]
+        else:
+            node[last] = value
+    return Config.model_validate(spoiled)
+
+
+def only(*changes: tuple[str, Any]) -> str:
+    (problem,) = problems(spoilt(*changes))
+    return problem
+
+
+def test_a_good_config_has_no_problem() -> None:
+    assert problems(spoilt()) == []
+    check(spoilt())
+
+
+def test_names_that_do_not_exist_name_the_nearest() -> None:
+    assert only(("teachers", [{"model": "larg"}])) == (
+        "teachers.0.model: no model is called 'larg'; did you mean 'large'?"
+    )
+    assert problems(spoilt(("student", "smal")))[0] == "student: no model is called 'smal'; did you mean 'small'?"
+    assert only(("engines.main.model", "x")) == "engines.main.model: no model is called 'x'; there is 'large', 'small'"
+    assert problems(spoilt(("evaluation.engine", "man"))) == [
+        "evaluation.engine: no engine is called 'man'; did you mean 'main'?"
+    ]
+    assert problems(spoilt(("engines", {}))) == [
+        "stages.1.engine: no engine is called 'main'; there are none",
+        "evaluation.engine: no engine is called 'main'; there are none",
+    ]
+
+
+def test_an_engine_that_does_not_serve_the_student() -> None:
+    found = problems(spoilt(("engines.main.model", "large")))
+    assert [problem.split(":")[0] for problem in found] == ["stages.1.engine", "evaluation.engine"]
+    assert all(problem.endswith("set engines.main.model=small") for problem in found)
+
+
+def test_layouts() -> None:
+    assert only(("models.small.layout", {"sequence_parallel": True}), ("models.large.layout", {})).startswith(
+        "models.small.layout.sequence_parallel: needs tensor parallelism; set models.small.layout.tp=2"
+    )
+    found = problems(spoilt(("models.large.layout", {"tp": 1, "dp": 2})))
+    assert [problem.rpartition("; ")[2] for problem in found] == [
+        "set models.large.layout.tp=2",
+        "set models.large.layout.dp=1",
+    ]
+
+
+def test_teachers_and_beta() -> None:
+    assert only(("teachers", [])).startswith("stages.1.objective.beta: the KL needs a teacher; add teachers")
+    assert problems(spoilt(("teachers", []), ("stages.1.objective", {"beta": 0}))) == []
+    assert only(("stages.1.objective", {"beta": 0})).startswith(
+        "teachers: listed, but no stage uses one (every dgrpo stage has objective.beta 0); set teachers=[]"
+    )
+    assert "there is no dgrpo stage" in only(("stages", data()["stages"][:1]))
+    assert only(("teachers", [{"model": "large"}, {"model": "large"}])) == (
+        "teachers: 'large' is listed 2 times; list it once"
+    )
+    two = [{"model": "large"}, {"model": "small"}]
+    assert only(("teachers", two)).startswith("stages.1.objective.beta: the KL is to exactly one teacher, 2 are listed")
+
+
+def test_a_stage_that_learns_nothing() -> None:
+    nothing = [{"kind": "exact_match", "weight": 0.0}]
+    assert problems(spoilt(("stages.1.rewards", nothing))) == []  # distillation alone
+    found = problems(spoilt(("stages.1.rewards", nothing), ("stages.1.objective", {"beta": 0}), ("teachers", [])))
+    assert len(found) == 1 and "nothing is learnt" in found[0]
+
+
+def test_batches_must_divide() -> None:
+    assert only(("stages.1.updates_per_batch", 3)).endswith(
+        "set stages.1.updates_per_batch=2 or stages.1.prompts_per_step=9"
+    )
+    assert only(("stages.1.updates_per_batch", 16)).endswith(
+        "set stages.1.updates_per_batch=8 or stages.1.prompts_per_step=16"
+    )
+    assert problems(spoilt(("stages.1.updates_per_batch", 8))) == []
+
+
+def test_lengths_must_fit() -> None:
+    assert only(("stages.1.sampling.max_tokens", 512)).startswith(
+        "stages.1.sampling.max_tokens: 512 leaves no room for a prompt in engines.main.max_model_len=512"
+    )
+    assert problems(spoilt(("stages.1.sampling.max_tokens", 511))) == []
+    assert only(("evaluation.sampling.max_tokens", 600)).startswith("evaluation.sampling.max_tokens: 600")
+    assert "stages.1.micro_batch_tokens=512 or more" in only(("stages.1.micro_batch_tokens", 511))
+    assert problems(spoilt(("stages.1.micro_batch_tokens", 512), ("stages.0.micro_batch_tokens", 2))) == []
+    assert only(("stages.0.micro_batch_tokens", 1)).startswith("stages.0.micro_batch_tokens: ")
+
+
+def test_engines_do_not_compute_in_float64() -> None:
+    assert only(("models.small.dtype", "float64")).endswith("set engines.main.dtype=float32")
+    assert problems(spoilt(("models.small.dtype", "float64"), ("engines.main.dtype", "float32"))) == []
+    assert problems(spoilt(("models.large.dtype", "float64"))) == []  # a teacher has no engine
+
+
+def test_numbers_and_paths_that_mean_nothing() -> None:
+    infinite = Config.model_validate(data() | {"collective_timeout_s": float("inf")})
+    assert problems(infinite) == ["collective_timeout_s: inf is no finite number; give one"]
+    assert only(("run_dir", "~/runs")).endswith("write ${oc.env:HOME} or the whole path")
+    assert only(("stages.0.data.path", " ")) == "stages.0.data.path: empty; give a path"
+    assert only(("stages.0.optimizer.betas", [0.9, 1.0])).startswith("stages.0.optimizer.betas.1: 1.0 is not in [0, 1)")
+
+
+def test_all_contradictions_are_one_error() -> None:
+    config = spoilt(("student", "smal"), ("stages.1.updates_per_batch", 3), ("evaluation.engine", "x"))
+    with pytest.raises(ConfigError) as caught:
+        check(config)
+    lines = str(caught.value).splitlines()[1:]
+    assert {line.split(":")[0] for line in lines} >= {
+        "  - student", "  - stages.1.updates_per_batch", "  - evaluation.engine",
+    }  # fmt: skip
+
+
+# ---- The disk --------------------------------------------------------------------------------------------------------
+
+
+TOKENIZER = {"model": {"vocab": {"a": 0, "b": 1}}, "added_tokens": [{"id": 2, "content": "<eos>"}]}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in which everything that the config names is there, as the current one."""
+    for name in ("small", "large"):
+        model = tmp_path / "models" / name
+        model.mkdir(parents=True)
+        (model / "config.json").write_text('{"model_type": "qwen3"}')
+        (model / "model.safetensors").write_bytes(b"")
+        (model / "tokenizer.json").write_text(json.dumps(TOKENIZER))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text('{"prompt": "a", "answer": "b"}\n')
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_good_files(folder: Path) -> None:
+    assert file_problems(spoilt()) == []
+    check_files(spoilt())
+    (folder / "runs" / "first").mkdir(parents=True)
+    assert file_problems(spoilt()) == []  # an empty folder is as good as none
+
+
+def test_missing_files_are_all_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        check_files(spoilt(("stages.1.updates_per_batch", 3)))
+    lines = [line.removeprefix("  - ") for line in str(caught.value).splitlines()[1:]]
+    assert [line.split(":")[0] for line in lines] == [
+        "stages.1.updates_per_batch", "models.small.path", "models.large.path",
+        "stages.0.data.path", "stages.1.data.path", "evaluation.data.path",
+    ]  # fmt: skip
+    assert f"models/small does not exist (looked from {tmp_path})" in lines[1]
+
+
+def test_incomplete_model_folders(folder: Path) -> None:
+    small, large = folder / "models" / "small", folder / "models" / "large"
+    (small / "config.json").unlink()
+    (small / "tokenizer.json").unlink()
+    (small / "model.safetensors").rename(small / "pytorch_model.bin")
+    (large / "config.json").write_text("{")
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors", "c": "model.safetensors"}}
+    (large / "model.safetensors.index.json").write_text(json.dumps(index))
+    found = "\n".join(file_problems(spoilt()))
+    assert "models.small.path: models/small/config.json does not exist" in found
+    assert "models/small has no *.safetensors; convert the pickled weights" in found
+    assert "models/small has no tokenizer (tokenizer.json" in found
+    assert "models.large.path: models/large/config.json cannot be read" in found
+    assert "names model-1.safetensors, model-2.safetensors, which models/large lacks" in found
+
+
+def test_a_config_json_of_something_else(folder: Path) -> None:
+    (folder / "models" / "small" / "config.json").write_text('{"name": "x"}')
+    (folder / "models" / "large" / "config.json").write_text("[]")
+    first, second = file_problems(spoilt())
+    assert "names no architecture" in first and "holds no JSON object" in second
+
+
+def test_tokenizers_must_agree_on_the_students_ids(folder: Path) -> None:
+    theirs = folder / "models" / "large" / "tokenizer.json"
+    more = json.loads(json.dumps(TOKENIZER))
+    more["model"]["vocab"]["c"] = 3
+    theirs.write_text(json.dumps(more))
+    assert file_problems(spoilt()) == []  # ids that the student never samples
+    swapped = {"model": {"vocab": {"b": 0, "a": 1}}, "added_tokens": TOKENIZER["added_tokens"]}
+    theirs.write_text(json.dumps(swapped))
+    (problem,) = file_problems(spoilt())
+    assert problem.startswith("models.large.path: 2 of the student's 3 token ids mean something else")
+    assert "(id 0: 'a' to the student, 'b' to the teacher)" in problem
+    theirs.write_text(json.dumps({"model": {"vocab": {"a": 0, "b": 1}}}))
+    (problem,) = file_problems(spoilt())
+    assert "(id 2: '<eos>' to the student, None to the teacher)" in problem
+
+
+def test_tokenizers_of_other_forms_are_compared_by_their_bytes(folder: Path) -> None:
+    for name, content in (("small", b"pieces"), ("large", b"pieces")):
+        (folder / "models" / name / "tokenizer.json").unlink()
+        (folder / "models" / name / "tokenizer.model").write_bytes(content)
+    assert file_problems(spoilt()) == []
+    (folder / "models" / "large" / "tokenizer.model").write_bytes(b"other")
+    (problem,) = file_problems(spoilt())
+    assert problem.startswith("models.large.path: tokenizer.model differs from the student's")
+    (folder / "models" / "large" / "tokenizer.model").rename(folder / "models" / "large" / "vocab.json")
+    (problem,) = file_problems(spoilt())
+    assert "cannot be compared" in problem
+
+
+def test_data_that_is_no_file(folder: Path) -> None:
+    (folder / "data" / "train.jsonl").write_text("")
+    assert all("is empty" in problem for problem in file_problems(spoilt()))
+    (problem,) = file_problems(spoilt(("stages", data()["stages"]), ("stages.0.data.path", "data")))[:1]
+    assert problem.startswith("stages.0.data.path: data is no file")
+
+
+def test_run_dir(folder: Path) -> None:
+    (folder / "runs" / "first").mkdir(parents=True)
+    (folder / "runs" / "first" / "metrics.jsonl").write_text("{}")
+    (problem,) = file_problems(spoilt())
+    assert problem.startswith("run_dir: runs/first is not empty; name a new folder")
+    (problem,) = file_problems(spoilt(("run_dir", "data/train.jsonl")))
+    assert problem.startswith("run_dir: data/train.jsonl is no folder")
+    (problem,) = file_problems(spoilt(("run_dir", "data/train.jsonl/below")))
+    assert "cannot be made" in problem and "train.jsonl is no folder" in problem
