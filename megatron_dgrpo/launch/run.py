@@ -1,0 +1,69 @@
+"""`dgrpo train` on one node: check everything, start the processes, watch them. Imports no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_dgrpo.config.checks import check_files
+from megatron_dgrpo.config.loader import dump
+from megatron_dgrpo.config.schema import Config, Engine, Model
+from megatron_dgrpo.launch.preflight import check_models
+from megatron_dgrpo.launch.supervisor import Supervisor
+
+
+def train(config: Config) -> int:
+    """Run a config from its start to its end; returns the exit status."""
+    check_files(config)
+    check_models(config)
+    run_dir = Path(config.run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    resolved = run_dir / "config.yaml"
+    resolved.write_text(dump(config), encoding="utf-8")
+    with Supervisor(run_dir) as supervisor:
+        names = used_engines(config)
+        supervisor.prepare("trainer", *(["engine"] if names else []))
+        addresses = {}
+        for name in names:
+            addresses[name] = f"unix:{supervisor.private_dir / f'{name}.sock'}"
+            engine = config.engines[name]
+            supervisor.start_engine(
+                f"engine-{name}",
+                "megatron_dgrpo.rollout.host:serve",
+                _engine_args(engine, config.models[engine.model], addresses[name], supervisor.key),
+                threads=engine.threads,
+            )
+        supervisor.start_ranks(
+            "megatron_dgrpo.train.worker:main",
+            {
+                "config_path": str(resolved),
+                "engines": addresses,
+                "key": supervisor.key,
+                "shm_prefix": supervisor.shm_prefix,
+            },
+            world_size=config.models[config.student].layout.world_size,
+            threads=config.threads_per_rank,
+        )
+        supervisor.watch()
+    return 0
+
+
+def used_engines(config: Config) -> list[str]:
+    """The engines that a stage or the evaluation asks for, in the config's order."""
+    wanted = {stage.engine for stage in config.stages if stage.kind == "dgrpo"}
+    if config.evaluation is not None:
+        wanted.add(config.evaluation.engine)
+    return [name for name in config.engines if name in wanted]
+
+
+def _engine_args(engine: Engine, model: Model, address: str, key: str) -> dict[str, object]:
+    return {
+        "address": address,
+        "key": key,
+        "model_path": str(Path(model.path).absolute()),
+        "dtype": engine.dtype or model.dtype,
+        "max_model_len": engine.max_model_len,
+        "kv_cache_bytes": engine.kv_cache_bytes,
+        "max_num_seqs": engine.max_num_seqs,
+        "prefix_cache": engine.prefix_cache,
+        "threads": engine.threads,
+    }

@@ -1,0 +1,286 @@
+"""One supervisor per node owns every process of a run there: it starts them, watches them, and they die with it.
+
+A run ends in one of three ways, and none leaves a process, a private file or shared memory behind:
+
+- the ranks end well: engines are told to stop, then everything is closed;
+- a process ends when it should not: the others get a moment to fail of it, the *first* cause is found, everything is
+  stopped, and the error names that process, how it ended and its last words;
+- a signal: the first one (Ctrl-C, SIGTERM, SIGHUP) raises here and leads to an orderly stop (SIGTERM, a grace,
+  SIGKILL); a second one skips the grace. SIGKILL of the supervisor itself is answered by the nurseries' servers
+  (nursery_server.py).
+
+The supervisor imports no torch: it must stay small and able to act while its processes hang.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import os
+import secrets
+import select
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Literal, NoReturn
+
+from megatron_dgrpo.errors import LaunchError
+from megatron_dgrpo.launch import nursery
+from megatron_dgrpo.launch.nursery import Child, Nursery, in_words
+
+Kind = Literal["trainer", "engine"]
+PRELOAD: Mapping[Kind, Sequence[str]] = {"trainer": nursery.TRAINER_PRELOAD, "engine": nursery.ENGINE_PRELOAD}
+_ENV: dict[Kind, dict[str, str]] = {"trainer": {}, "engine": nursery.ENGINE_ENV}
+_SETTLE_S = 1.5
+"""After an unexpected end, how long others may take to end of it: the first cause is looked for among all of them."""
+_LONGEST_PRIVATE_PATH = 60
+"""A Unix socket's whole path may have 107 bytes."""
+
+
+@dataclass(frozen=True)
+class Watched:
+    child: Child
+    kind: Kind
+
+    @property
+    def may_end(self) -> bool:
+        """Whether ending with status 0, before it is told to, is no failure."""
+        return self.kind == "trainer"
+
+    @property
+    def failed(self) -> bool:
+        status = self.child.returncode
+        return status is not None and not (self.may_end and status == 0)
+
+    def describe(self) -> str:
+        role = "trainer rank" if self.kind == "trainer" else "engine host"
+        return f"{self.child.name} ({role}, pid {self.child.pid}) {in_words(self.child.returncode or 0)}"
+
+
+class Echo:
+    """Copies what a process writes to its log to this process's standard output, line by line."""
+
+    def __init__(self, path: Path) -> None:
+        path.touch(mode=0o600)
+        self._file = path.open("rb")
+        self._file.seek(0, os.SEEK_END)  # the log of a resumed run goes on where it ended
+        self._rest = b""
+        self._deaf = False
+
+    def pump(self, last: bool = False) -> None:
+        *lines, self._rest = (self._rest + self._file.read()).split(b"\n")
+        if last and self._rest:
+            lines.append(self._rest)
+        for line in lines:
+            text = line.decode(errors="replace")
+            if not self._deaf and not nursery.NOISE.match(text):
+                try:
+                    print(text, flush=True)
+                except OSError:  # the terminal or the reading end of a pipe has gone; the log has it all
+                    self._deaf = True
+        if last:
+            self._file.close()
+
+
+class Supervisor:
+    """Use as a context manager, in the main thread (it takes over SIGINT, SIGTERM and SIGHUP while it lives).
+
+    `private_dir` (mode 0700, a short path) is for sockets; names in /dev/shm that begin with `shm_prefix` are removed
+    at the end; `key` is the run's secret for its own sockets. They reach processes in their arguments, never by the
+    environment. What the process named `echo` writes to its log is copied to standard output.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        *,
+        echo: str | None = "rank0",
+        grace_s: float = 10.0,
+        preload: Mapping[Kind, Sequence[str]] = PRELOAD,
+    ) -> None:
+        self.log_dir = Path(run_dir).absolute() / "logs"
+        self.log_dir.mkdir(parents=True, exist_ok=True)
+        self.key = secrets.token_hex(32)
+        self.shm_prefix = f"dgrpo-{secrets.token_hex(6)}-"
+        self.processes: list[Watched] = []
+        self._grace_s, self._preload = grace_s, preload
+        self._nurseries: dict[Kind, Nursery] = {}
+        self._worlds = 0
+        self._echo = Echo(self.log_dir / f"{echo}.log") if echo else None
+        self._stopping = self._stopped = self._hurry = False
+        self._handlers: dict[int, Any] = {}
+
+    def __enter__(self) -> Supervisor:
+        short = len(tempfile.gettempdir()) <= _LONGEST_PRIVATE_PATH
+        self.private_dir = Path(tempfile.mkdtemp(prefix="dgrpo-", dir=None if short else "/tmp"))
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+                self._handlers[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.stop()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._stopping:
+            self._hurry = True
+        elif number == signal.SIGINT:
+            raise KeyboardInterrupt
+        else:
+            raise SystemExit(128 + number)
+
+    # ---- starting ----
+
+    def prepare(self, *kinds: Kind) -> None:
+        """Begin the imports of these kinds of processes, beside each other and beside whatever the caller does next."""
+        for kind in kinds:
+            if kind not in self._nurseries:
+                self._nurseries[kind] = Nursery(
+                    self._preload[kind],
+                    log_path=self.log_dir / f"{kind}_server.log",
+                    env=_ENV[kind],
+                    private_dir=self.private_dir,
+                    shm_prefix=self.shm_prefix,
+                )
+
+    def start_ranks(
+        self,
+        target: str,
+        args: Mapping[str, Any],
+        *,
+        world_size: int,
+        threads: int = 1,
+        env: Mapping[str, str] | None = None,
+    ) -> list[Child]:
+        """Start trainer ranks `rank0`, `rank1`, ... that run `target` ("module:function") with arguments `args`.
+
+        Each finds RANK, WORLD_SIZE, LOCAL_RANK in its environment and joins the others by `rendezvous.join_world`.
+        """
+        self.prepare("trainer")
+        meeting = self.private_dir / f"world{self._worlds}"
+        self._worlds += 1
+        meeting.mkdir(mode=0o700)
+        shared = {"WORLD_SIZE": str(world_size), "DGRPO_RENDEZVOUS": str(meeting), "OMP_NUM_THREADS": str(threads)}
+        if "GLOO_SOCKET_IFNAME" not in os.environ:
+            shared["GLOO_SOCKET_IFNAME"] = "lo"  # else gloo binds to what the host name resolves to
+        ranks = []
+        for rank in range(world_size):
+            its_env = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), **(env or {})}
+            ranks.append(self._start("trainer", f"rank{rank}", target, args, its_env))
+        return ranks
+
+    def start_engine(
+        self, name: str, target: str, args: Mapping[str, Any], *, threads: int = 1, env: Mapping[str, str] | None = None
+    ) -> Child:
+        """Start an engine host; it must not end before it is told to."""
+        its_env = {"OMP_NUM_THREADS": str(threads), **(env or {})}
+        return self._start("engine", name, target, args, its_env)
+
+    def _start(self, kind: Kind, name: str, target: str, args: Mapping[str, Any], env: Mapping[str, str]) -> Child:
+        self.prepare(kind)
+        child = self._nurseries[kind].start(name, target, args, env=env, log_path=self.log_dir / f"{name}.log")
+        self.processes.append(Watched(child, kind))
+        return child
+
+    # ---- watching ----
+
+    def watch(self) -> None:
+        """Return when every rank has ended well; raise LaunchError when any process ends otherwise."""
+        self._watch_while(lambda: any(p.may_end and p.child.returncode is None for p in self.processes), None, "")
+
+    def wait_until(self, condition: Callable[[], bool], *, what: str, timeout_s: float) -> None:
+        """Watch until `condition()` holds; `what` completes the sentence "the engine was not ready after ..."."""
+        self._watch_while(lambda: not condition(), timeout_s, what)
+
+    def _watch_while(self, goes_on: Callable[[], bool], timeout_s: float | None, what: str) -> None:
+        start = time.monotonic()
+        while True:
+            self._look()
+            if any(process.failed for process in self.processes) or not all(n.alive for n in self._nurseries.values()):
+                self._fail()
+            if not goes_on():
+                return
+            if timeout_s is not None and time.monotonic() - start > timeout_s:
+                running = [process.child for process in self.processes if process.child.returncode is None]
+                self._ask_for_stacks(running)
+                words = [f"{child.name}'s last words:\n{child.last_words()}" for child in running]
+                self.stop()
+                raise LaunchError("\n".join([f"{what} after {timeout_s:g} s.", *words]))
+
+    def _look(self, timeout_s: float = 0.1) -> None:
+        """Take in what happened, waiting a little for something to happen."""
+        sockets = [server for server in self._nurseries.values() if server.alive]
+        ready, _, _ = select.select(sockets, [], [], timeout_s)
+        for server in ready:
+            server.drain()
+        if self._echo:
+            self._echo.pump()
+
+    def _fail(self) -> NoReturn:
+        deadline = time.monotonic() + _SETTLE_S
+        while time.monotonic() < deadline and any(p.child.returncode is None for p in self.processes):
+            self._look()
+        ended = sorted((process for process in self.processes if process.failed), key=_how_early)
+        dead_servers = [server for server in self._nurseries.values() if not server.alive]
+        self.stop()
+        if dead_servers:
+            raise LaunchError("\n".join(server.obituary() for server in dead_servers))
+        first, *rest = ended
+        parts = [f"{first.describe()}; the run is stopped.{_hint(first.child)}"]
+        if rest:
+            parts.append(f"After it: {', '.join(process.describe() for process in rest)}.")
+        words = first.child.last_words() or "(nothing)"
+        raise LaunchError("\n".join([*parts, f"Its last words ({first.child.log_path}):", words]))
+
+    # ---- ending ----
+
+    def stop(self) -> None:
+        """End every process: SIGTERM, the grace, SIGKILL; then remove what is private to the run."""
+        if self._stopped:
+            return
+        self._stopping = True
+        running = [process.child for process in self.processes if process.child.returncode is None]
+        for child in running:
+            child.kill(signal.SIGTERM)
+        deadline = time.monotonic() + self._grace_s
+        while any(child.returncode is None for child in running) and time.monotonic() < deadline and not self._hurry:
+            self._look()
+        self._ask_for_stacks([child for child in running if child.returncode is None])
+        for server in self._nurseries.values():
+            server.close()
+        if self._echo:
+            self._echo.pump(last=True)
+        for path in glob.glob(f"/dev/shm/{self.shm_prefix}*"):  # the servers did so; there may have been none
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+        shutil.rmtree(self.private_dir, ignore_errors=True)
+        self._stopped = True
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    @staticmethod
+    def _ask_for_stacks(hanging: list[Child]) -> None:
+        """Make processes write into their logs where they are."""
+        for child in hanging:
+            child.kill(signal.SIGUSR1)
+        if hanging:
+            time.sleep(0.3)
+
+
+def _how_early(process: Watched) -> tuple[bool, float]:
+    """Deaths by a signal first (but SIGABRT: so libraries end their process when another one is gone), then by time."""
+    status = process.child.returncode or 0
+    return status >= 0 or status == -signal.SIGABRT, process.child.died_at or 0.0
+
+
+def _hint(child: Child) -> str:
+    if child.returncode == -signal.SIGKILL:
+        return " Nobody in the run sends SIGKILL before it ends: see `dmesg` for the kernel's out-of-memory killer."
+    if child.returncode == 0:
+        return " It ended of itself, before it was told to."
+    return ""
