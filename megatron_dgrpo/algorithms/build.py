@@ -1,0 +1,152 @@
+"""Batches to token streams, and configs to losses: the one place where an algorithm is put together.
+
+Legend: _N loss tokens of the batch, _B its trajectories. Streams list the loss tokens trajectory by trajectory, segment
+by segment, as they were sampled.
+
+`position_N` is the position of the *target* itself in its document, prompt included: the hidden state that predicts it
+stands at `position - 1`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from megatron_dgrpo.algorithms.advantages import group_advantages
+from megatron_dgrpo.algorithms.aggregation import Aggregation, token_weights
+from megatron_dgrpo.algorithms.losses import Loss
+from megatron_dgrpo.algorithms.streams import Streams
+from megatron_dgrpo.algorithms.terms import ClippedSurrogate, nll, reverse_kl
+from megatron_dgrpo.config.schema import Objective
+from megatron_dgrpo.errors import ObjectiveError, listing
+from megatron_dgrpo.packing.trajectory import Segment, Trajectory
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Streams, and what their making is worth telling."""
+
+    streams: Streams
+    facts: dict[str, float]
+
+
+def dgrpo_loss(objective: Objective) -> tuple[Loss, dict[str, float]]:
+    """The dGRPO loss and its factors. With beta 0 it is GRPO's and asks for no teacher."""
+    surrogate = ClippedSurrogate(clip_low=objective.clip_low, clip_high=objective.clip_high)
+    if objective.beta == 0:
+        return Loss((surrogate,)), {surrogate.name: 1.0}
+    kl = reverse_kl()
+    return Loss((surrogate, kl)), {surrogate.name: 1.0, kl.name: objective.beta}
+
+
+def sft_loss() -> tuple[Loss, dict[str, float]]:
+    return Loss((nll(),)), {"nll": 1.0}
+
+
+def dgrpo_streams(
+    trajectories: Sequence[Trajectory], rewards_B: Sequence[float] | np.ndarray, objective: Objective
+) -> Batch:
+    """The streams of one update: advantages over each prompt's group, weights over all of these trajectories."""
+    _check_groups(trajectories)
+    prompt_B, names = _prompts(trajectories)
+    advantages = group_advantages(
+        rewards_B, prompt_B, std=objective.advantages.std, epsilon=objective.advantages.epsilon, names=names
+    )
+    loss, _ = dgrpo_loss(objective)
+    bare = _streams(trajectories, "sequence_group_prompt_mean", [term.name for term in loss.terms])
+    streams = Streams(
+        targets_N=bare.targets_N,
+        sample_N=bare.sample_N,
+        position_N=bare.position_N,
+        weights=bare.weights,
+        advantages_N=torch.from_numpy(advantages.values_N)[bare.sample_N],
+        behaviour_logprobs_N=_logprobs(trajectories, "behaviour_logprobs"),
+        old_logprobs_N=_logprobs(trajectories, "old_logprobs"),
+        num_samples=len(trajectories),
+    )
+    facts = {
+        "groups": float(advantages.num_groups),
+        "equal_groups": float(advantages.num_equal_groups),
+        "loss_tokens": float(streams.num_tokens),
+    }
+    return Batch(streams, facts)
+
+
+def sft_streams(examples: Sequence[Trajectory], aggregation: Aggregation = "token_mean") -> Batch:
+    """Supervised examples: trajectories whose trained segments are the answers, without log-probs or rewards."""
+    streams = _streams(examples, aggregation, ["nll"])
+    return Batch(streams, {"loss_tokens": float(streams.num_tokens)})
+
+
+def _streams(trajectories: Sequence[Trajectory], aggregation: Aggregation, terms: Sequence[str]) -> Streams:
+    prompt_B, names = _prompts(trajectories)
+    targets, positions, samples = [], [], []
+    for index, trajectory in enumerate(trajectories):
+        position = len(trajectory.prompt_tokens)
+        for segment in trajectory.segments:
+            end = position + len(segment.tokens)
+            if segment.trained:
+                targets.append(np.asarray(segment.tokens, dtype=np.int64))
+                positions.append(np.arange(position, end, dtype=np.int64))
+                samples.append(np.full(len(segment.tokens), index, dtype=np.int64))
+            position = end
+    sample_N = _concatenate(samples)
+    weights_N = torch.from_numpy(token_weights(aggregation, sample_N, prompt_B, names=names))
+    return Streams(
+        targets_N=torch.from_numpy(_concatenate(targets)),
+        sample_N=torch.from_numpy(sample_N),
+        position_N=torch.from_numpy(_concatenate(positions)),
+        weights={term: weights_N for term in terms},
+        num_samples=len(trajectories),
+    )
+
+
+def _prompts(trajectories: Sequence[Trajectory]) -> tuple[np.ndarray, list[str]]:
+    """Each trajectory's prompt as an integer, and what errors call the trajectory."""
+    number: dict[str, int] = {}
+    prompt_B = [number.setdefault(t.prompt_id, len(number)) for t in trajectories]
+    return np.asarray(prompt_B, dtype=np.int64), [f"prompt {t.prompt_id!r}, sample {t.sample}" for t in trajectories]
+
+
+def _check_groups(trajectories: Sequence[Trajectory]) -> None:
+    seen: set[tuple[str, int]] = set()
+    twice = []
+    for t in trajectories:
+        key = (t.prompt_id, t.sample)
+        if key in seen:
+            twice.append(f"prompt {t.prompt_id!r}, sample {t.sample}")
+        seen.add(key)
+    if twice:
+        raise ObjectiveError(
+            listing("trajectories appear twice; prompts need unique ids, and their samples numbers:", twice)
+        )
+
+
+def _logprobs(trajectories: Sequence[Trajectory], field: str) -> torch.Tensor | None:
+    """One log-prob per loss token, or None where no trained segment has any."""
+    trained: list[tuple[Trajectory, Segment]] = [(t, s) for t in trajectories for s in t.segments if s.trained]
+    parts = [getattr(s, field) for _, s in trained]
+    if all(part is None for part in parts):
+        return None
+    problems = []
+    for (t, s), part in zip(trained, parts, strict=True):
+        where = f"prompt {t.prompt_id!r}, sample {t.sample}"
+        if part is None:
+            problems.append(f"{where}: none")
+        elif len(part) != len(s.tokens):
+            problems.append(f"{where}: {len(part)} for {len(s.tokens)} tokens")
+        elif not np.isfinite(part).all():
+            problems.append(f"{where}: not finite at {np.flatnonzero(~np.isfinite(part)).tolist()[:8]}")
+    if problems:
+        what = field.replace("_", " ")
+        raise ObjectiveError(
+            listing(f"every sampled token of a batch needs a finite one of its {what}, or none has one:", problems)
+        )
+    return torch.from_numpy(_concatenate([np.asarray(part, dtype=np.float64) for part in parts], np.float64))
+
+
+def _concatenate(parts: Sequence[np.ndarray], dtype: type = np.int64) -> np.ndarray:
+    return np.concatenate(parts) if parts else np.zeros(0, dtype)
