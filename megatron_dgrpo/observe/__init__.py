@@ -1,0 +1,1 @@
+"""What a run tells about itself: metrics.jsonl, the console, where the time goes. Imports no torch."""
