@@ -1,0 +1,1 @@
+"""Checkpoints: Hugging Face folders in `hf/`; Megatron's distributed format beside it."""

@@ -1,0 +1,1 @@
+"""Hugging Face folders <-> Megatron-Core parameters, by one declarative table per family."""

@@ -1,0 +1,158 @@
+"""The trainer's side of an engine host. Imports neither torch nor vLLM.
+
+Every wait has a deadline. What the host could not do is raised where its answer was awaited: TransferError for weights,
+RolloutError for everything else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any, Self
+
+from megatron_dgrpo.errors import RolloutError, TransferError
+from megatron_dgrpo.rollout import messages as m
+from megatron_dgrpo.rollout.wire import Connection, connect
+
+_SHORT_S = 60.0
+"""For questions that are answered within one step of the engine, and for sending."""
+
+
+class EngineClient:
+    def __init__(self, connection: Connection, name: str) -> None:
+        self.name = name
+        self._connection = connection
+        self._calls = itertools.count(1)
+        self._mail: dict[int, list[Any]] = {}
+
+    @classmethod
+    def connect(cls, address: str, key: str, *, deadline_s: float, owner: bool = True, name: str = "") -> Self:
+        """Wait for the host to listen, prove the key, say whether this client owns it: it ends with its last owner."""
+        name = name or f"the engine at {address}"
+        start = time.monotonic()
+        client = cls(connect(address, key, deadline_s=deadline_s, peer=name), name)
+        try:
+            call = client._open()
+            client._send(m.Attach(call, owner))
+            left = deadline_s - (time.monotonic() - start)
+            client._answer(call, m.Described, max(left, 0.001), "its description")
+        except RolloutError:
+            client.close()
+            raise
+        return client
+
+    def describe(self, *, deadline_s: float = _SHORT_S) -> m.EngineInfo:
+        call = self._open()
+        self._send(m.Describe(call))
+        return self._answer(call, m.Described, deadline_s, "its description").info
+
+    def shutdown(self, *, deadline_s: float = _SHORT_S) -> None:
+        """End the host, whoever else uses it."""
+        call = self._open()
+        self._send(m.Shutdown(call))
+        self._answer(call, m.Done, deadline_s, "its last answer")
+        self.close()
+
+    def close(self) -> None:
+        self._connection.close()
+
+    # ---- generation ----
+
+    def generate(self, requests: Sequence[m.GenerateRequest], *, deadline_s: float) -> Iterator[m.Completion]:
+        """The requests are sent at once; completions come as they end, in no order. Stopping early cancels the rest."""
+        twice = [name for name, count in Counter(r.prompt_id for r in requests).items() if count > 1]
+        if twice:
+            raise RolloutError(
+                f"prompts {twice[:5]} are there twice in one call: their samples could not be told apart"
+            )
+        deadline = time.monotonic() + deadline_s
+        call = self._open()
+        self._send(m.Generate(call, tuple(requests)), deadline_s)
+        return self._completions(call, sum(len(r.seeds) for r in requests), deadline)
+
+    def _completions(self, call: int, num_samples: int, deadline: float) -> Iterator[m.Completion]:
+        num_left = num_samples
+        try:
+            while num_left:
+                awaited = f"{num_left} of {num_samples} samples"
+                answer = self._next(call, m.Completed, deadline - time.monotonic(), awaited)
+                num_left -= 1
+                yield answer.completion
+        finally:
+            self._mail.pop(call, None)
+            if num_left:
+                with contextlib.suppress(RolloutError):  # if the host has gone, there is nothing to cancel
+                    self._send(m.Cancel(call))
+
+    # ---- weights ----
+
+    def begin_update(
+        self, version: int, tensors: Sequence[m.TensorSpec], path: str, num_bytes: int, *, deadline_s: float
+    ) -> None:
+        """Raises if the tensors do not fit the engine's model; then nothing has changed."""
+        call = self._open()
+        self._send(m.BeginUpdate(call, version, tuple(tensors), path, num_bytes), deadline_s)
+        self._answer(call, m.Done, deadline_s, "its judgement of the manifest")
+
+    def load_bucket(
+        self,
+        names: Sequence[str],
+        offsets: Sequence[int],
+        checksums: Sequence[int] = (),
+        *,
+        deadline_s: float = _SHORT_S,
+    ) -> int:
+        """Tell the engine that these tensors lie in the file. Returns what `bucket_loaded` needs."""
+        call = self._open()
+        self._send(m.LoadBucket(call, tuple(names), tuple(offsets), tuple(checksums)), deadline_s)
+        return call
+
+    def bucket_loaded(self, call: int, *, deadline_s: float) -> None:
+        """Wait until the engine has read a bucket: its place in the file may be overwritten."""
+        self._answer(call, m.Done, deadline_s, "the end of its reading a bucket of weights")
+
+    def finish_update(self, version: int, *, deadline_s: float) -> None:
+        call = self._open()
+        self._send(m.FinishUpdate(call, version), deadline_s)
+        self._answer(call, m.Done, deadline_s, f"weights of version {version}")
+
+    def abandon_update(self, *, deadline_s: float = _SHORT_S) -> None:
+        """Give up a half-done update; the engine generates again once another was finished."""
+        call = self._open()
+        self._send(m.AbandonUpdate(call), deadline_s)
+        self._answer(call, m.Done, deadline_s, "its leave to give up an update")
+
+    # ---- calls and their answers ----
+
+    def _open(self) -> int:
+        call = next(self._calls)
+        self._mail[call] = []
+        return call
+
+    def _send(self, message: Any, deadline_s: float = _SHORT_S) -> None:
+        self._connection.send(message, deadline_s=deadline_s)
+
+    def _answer(self, call: int, kind: type, deadline_s: float, awaiting: str) -> Any:
+        """The one answer to a call."""
+        try:
+            return self._next(call, kind, deadline_s, awaiting)
+        finally:
+            self._mail.pop(call, None)
+
+    def _next(self, call: int, kind: type, deadline_s: float, awaiting: str) -> Any:
+        deadline = time.monotonic() + deadline_s
+        box = self._mail[call]
+        while not box:
+            message = self._connection.receive(deadline_s=deadline - time.monotonic(), awaiting=awaiting)
+            if message.call in self._mail:  # else the call was given up
+                self._mail[message.call].append(message)
+        message = box.pop(0)
+        if isinstance(message, m.Failure):
+            error = TransferError if message.kind == "transfer" else RolloutError
+            raise error(f"{self.name}: {message.message}")
+        if not isinstance(message, kind):
+            raise RolloutError(f"{self.name} answered with a {type(message).__name__}; waited for {awaiting}")
+        return message

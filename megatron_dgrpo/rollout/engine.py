@@ -1,0 +1,262 @@
+"""vLLM's in-process engine as the host uses it: samples in, completions out, weights replaced between steps.
+
+One vLLM request stands for one sample, with a seed of its own: its tokens then depend on the seed and not on what else
+is in the batch. That needs each prompt in one piece (on CPU, a chunked prefill with a seed raises), so prompts are
+never chunked. Samples of one prompt share its blocks through the prefix cache, even in the step that computes them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import vllm
+from vllm import EngineArgs, SamplingParams
+from vllm.config import WeightTransferConfig
+from vllm.inputs import tokens_input
+from vllm.outputs import RequestOutput
+from vllm.platforms import current_platform
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.llm_engine import LLMEngine
+
+from megatron_dgrpo.errors import RolloutError, TransferError
+from megatron_dgrpo.rollout import vllm_plugin
+from megatron_dgrpo.rollout.messages import BeginUpdate, Completion, EngineInfo, GenerateRequest, LoadBucket
+
+_MIN_BATCHED_TOKENS = 8192
+"""Prompt tokens computed at a time, unless the context is longer."""
+
+
+class Engine:
+    """`whole` says whether every weight is of `weight_version`; nothing may be generated while it is False."""
+
+    def __init__(
+        self,
+        *,
+        model_path: str,
+        dtype: str,
+        max_model_len: int,
+        kv_cache_bytes: int,
+        max_num_seqs: int,
+        prefix_cache: bool,
+        threads: int,
+        seed: int,
+    ) -> None:
+        torch.set_num_threads(threads)  # vLLM's CPU worker makes this call a no-op from there on
+        if current_platform.is_cpu():
+            # One function of vLLM's sampler is compiled when it is first called, even with enforce_eager: 20 s of C++
+            # compilation on a machine that has not done it before, 5 s on others, for a comparison and a sum.
+            torch.compiler.set_stance("force_eager")
+        vllm_plugin.register()  # vLLM does it, too, where the package's entry points are installed
+        self.llm = LLMEngine.from_engine_args(
+            EngineArgs(
+                model=model_path,
+                skip_tokenizer_init=True,
+                generation_config="vllm",  # sampling is what a request says, and nothing that lies in the folder
+                dtype=dtype,  # type: ignore[arg-type]
+                seed=seed,
+                max_model_len=max_model_len,
+                kv_cache_memory_bytes=kv_cache_bytes,
+                max_num_seqs=max_num_seqs,
+                enable_prefix_caching=prefix_cache,
+                enable_chunked_prefill=False,
+                max_num_batched_tokens=max(max_model_len, max_num_seqs, _MIN_BATCHED_TOKENS),
+                logprobs_mode="processed_logprobs",
+                enforce_eager=current_platform.is_cpu(),
+                weight_transfer_config=WeightTransferConfig(backend=vllm_plugin.BACKEND),
+                disable_log_stats=True,
+            )
+        )
+        self.model_config = self.llm.vllm_config.model_config
+        assert self.model_config.logprobs_mode == "processed_logprobs", "log-probs would not be those of the sampling"
+        assert not self.llm.vllm_config.scheduler_config.enable_chunked_prefill, "seeds would not repeat"
+        self.vocab_size = self.model_config.get_vocab_size()
+        self.weight_version = 0
+        self.whole = True
+        self._updating = False
+        self._unfinished: dict[str, tuple[GenerateRequest, int]] = {}
+        self.llm.set_weight_version("0")
+        self._warm_up()
+
+    def info(self) -> EngineInfo:
+        return EngineInfo(
+            pid=os.getpid(),
+            model_path=str(self.model_config.model),
+            vocab_size=self.vocab_size,
+            max_model_len=self.model_config.max_model_len,
+            dtype=str(self.model_config.dtype).removeprefix("torch."),
+            vllm_version=vllm.__version__,
+            block_size=self.llm.vllm_config.cache_config.block_size,
+            weight_version=self.weight_version,
+            whole=self.whole,
+            num_unfinished=self.num_unfinished,
+        )
+
+    # ---- generation ----
+
+    @property
+    def num_unfinished(self) -> int:
+        return len(self._unfinished)
+
+    def problems(self, request: GenerateRequest) -> list[str]:
+        """Why a request cannot be served; none if it can."""
+        problems = []
+        prompt, length = request.prompt_tokens, self.model_config.max_model_len
+        if prompt.ndim != 1 or prompt.dtype.kind not in "iu":
+            return ["its prompt is not a row of token ids"]
+        if len(prompt) == 0:
+            problems.append("its prompt is empty")
+        outside = {int(t) for t in prompt if not 0 <= t < self.vocab_size}
+        outside |= {t for t in request.stop_token_ids if not 0 <= t < self.vocab_size}
+        if outside:
+            problems.append(f"ids {sorted(outside)[:5]} are outside of the vocabulary of {self.vocab_size}")
+        if request.max_tokens < 1:
+            problems.append("it asks for no token")
+        elif len(prompt) + request.max_tokens > length:
+            problems.append(
+                f"{len(prompt)} prompt tokens and {request.max_tokens} new ones are more than the engine's context "
+                f"of {length}: shorten them or raise max_model_len"
+            )
+        if not request.seeds:
+            problems.append("it asks for no sample")
+        if any(not 0 <= seed < 2**63 for seed in request.seeds):
+            problems.append("its seeds are not between 0 and 2**63")
+        if not 0 <= request.temperature <= 2:
+            problems.append(f"its temperature is {request.temperature}; vLLM takes 0 (greedy) to 2")
+        elif 0 < request.temperature < 0.01:
+            problems.append(f"its temperature {request.temperature} is below 0.01, which vLLM replaces: greedy is 0")
+        return problems
+
+    def add(self, sample_id: str, request: GenerateRequest, sample: int) -> None:
+        params = SamplingParams(
+            max_tokens=request.max_tokens,
+            temperature=request.temperature,
+            seed=request.seeds[sample] if request.temperature > 0 else None,
+            stop_token_ids=list(request.stop_token_ids),
+            ignore_eos=True,  # only the request's own stop ids count
+            logprobs=0,  # of the sampled token
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        self.llm.add_request(sample_id, tokens_input(request.prompt_tokens.tolist()), params)
+        self._unfinished[sample_id] = request, sample
+
+    def abort(self, sample_ids: Sequence[str]) -> None:
+        self.llm.abort_request(list(sample_ids))
+        for sample_id in sample_ids:
+            del self._unfinished[sample_id]
+
+    def step(self) -> list[tuple[str, Completion]]:
+        """One forward pass; the samples that ended with it."""
+        ended = []
+        for output in self.llm.step():
+            if output.finished:
+                assert isinstance(output, RequestOutput)
+                request, sample = self._unfinished.pop(output.request_id)
+                ended.append((output.request_id, _completion(output, request, sample)))
+        return ended
+
+    def _warm_up(self) -> None:
+        """The first generation takes seconds. Its blocks must not stay in the prefix cache."""
+        request = GenerateRequest("warm-up", np.zeros(1, np.int32), (0,), 2, 1.0, ())
+        self.add("warm-up", request, 0)
+        while self.num_unfinished:
+            self.step()
+        self._reset_prefix_cache()
+
+    # ---- weights ----
+
+    def begin_update(self, message: BeginUpdate) -> None:
+        """Check the manifest; if it fits, the engine is not whole until the update is finished."""
+        if self.num_unfinished:
+            raise RolloutError(
+                f"{self.num_unfinished} samples are unfinished: wait for them or cancel them before an update"
+            )
+        self.abandon_update()
+        self._rpc(
+            "init_weight_transfer_engine",
+            init_info={
+                "path": message.path,
+                "num_bytes": message.num_bytes,
+                "names": [t.name for t in message.tensors],
+                "shapes": [list(t.shape) for t in message.tensors],
+                "dtypes": [t.dtype for t in message.tensors],
+            },
+        )
+        self._rpc("start_weight_update")
+        self._updating, self.whole = True, False
+
+    def load_bucket(self, message: LoadBucket) -> None:
+        self._in_update()
+        update_info = {
+            "names": list(message.names),
+            "offsets": list(message.offsets),
+            "checksums": list(message.checksums),
+        }
+        try:
+            self._rpc("update_weights", update_info=update_info)
+        except Exception:
+            self._updating = False  # vLLM has ended it
+            raise
+
+    def finish_update(self, version: int) -> None:
+        self._in_update()
+        try:
+            self._rpc("finish_weight_update")
+        except Exception:
+            self.abandon_update()
+            raise
+        self._updating = False
+        self._reset_prefix_cache()
+        self.llm.set_weight_version(str(version))
+        self.weight_version, self.whole = version, True
+
+    def abandon_update(self) -> None:
+        """End an update that is under way, if one is. The engine is whole again only after the next."""
+        if self._updating:
+            self._updating = False
+            try:
+                self._rpc("update_weights", update_info={"abandon": True})
+            except TransferError:
+                pass  # raising is how it is done
+
+    def _in_update(self) -> None:
+        if not self._updating:
+            raise TransferError("No update is under way: it was not begun, or it failed; begin it again")
+
+    def _rpc(self, method: str, **arguments: Any) -> None:
+        self.llm.collective_rpc(method, kwargs=arguments)
+
+    def _reset_prefix_cache(self) -> None:
+        """Blocks of other weights must never be found again. vLLM does nothing while a request runs, and says so."""
+        if not self.llm.reset_prefix_cache():
+            raise TransferError("The prefix cache could not be reset: a request still holds blocks of it")
+
+
+def _completion(output: RequestOutput, request: GenerateRequest, sample: int) -> Completion:
+    """vLLM's answer as ours."""
+    (answer,) = output.outputs
+    tokens = np.asarray(answer.token_ids, np.int32)
+    logprobs: Any = answer.logprobs
+    if list(logprobs.token_ids) != tokens.tolist():
+        raise RolloutError(
+            f"vLLM gave {len(logprobs.token_ids)} log-probs of other tokens than the {len(tokens)} it sampled"
+        )
+    versions = np.zeros(len(tokens), np.int32)
+    for span in answer.weight_versions or ():
+        versions[span.start : span.end] = int(span.version)
+    if answer.finish_reason not in ("stop", "length"):
+        raise RolloutError(f"vLLM ended sample {sample} of prompt {request.prompt_id!r} with {answer.finish_reason!r}")
+    return Completion(
+        prompt_id=request.prompt_id,
+        sample=sample,
+        tokens=tokens,
+        logprobs=np.asarray(logprobs.logprobs, np.float32),
+        finish_reason=answer.finish_reason,
+        weight_versions=versions,
+        num_cached_tokens=output.num_cached_tokens or 0,
+    )

@@ -1,0 +1,191 @@
+"""What a client and an engine host say to each other. Imports neither torch nor vLLM.
+
+Every message of a client carries a `call`, a number of its choice; whatever answers it repeats the number. A call ends
+with `Done`, `Described`, `Failure`, or for `Generate` with the last of its completions.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from hashlib import blake2b
+
+import numpy as np
+
+from megatron_dgrpo.packing.trajectory import Trajectory
+from megatron_dgrpo.rollout.codec import register
+
+
+def sample_seed(run_seed: int, step: int, prompt_id: str, sample: int) -> int:
+    """The seed of one sample. It depends on what the sample is, not on the order in which samples are asked for."""
+    identity = json.dumps([run_seed, step, prompt_id, sample]).encode()
+    return int.from_bytes(blake2b(identity, digest_size=8).digest(), "little") >> 1
+
+
+# ---- the engine ----
+
+
+@register
+@dataclass(frozen=True)
+class EngineInfo:
+    pid: int
+    model_path: str
+    vocab_size: int  # sampling is over all of it, ids without a token included
+    max_model_len: int
+    dtype: str  # "float32", "bfloat16"
+    vllm_version: str
+    block_size: int  # tokens of a block of the prefix cache
+    weight_version: int
+    whole: bool  # False from the first byte of an update until it is finished
+    num_unfinished: int  # samples that are waiting or being generated
+
+
+@register
+@dataclass(frozen=True)
+class Attach:
+    """The first message of a client. The host ends when its last owner has gone."""
+
+    call: int
+    owner: bool
+
+
+@register
+@dataclass(frozen=True)
+class Describe:
+    call: int
+
+
+@register
+@dataclass(frozen=True)
+class Described:
+    call: int
+    info: EngineInfo
+
+
+@register
+@dataclass(frozen=True)
+class Done:
+    call: int
+
+
+@register
+@dataclass(frozen=True)
+class Failure:
+    """`kind`: request (it cannot be served), not_whole, busy, transfer (an update failed), engine (it is broken)."""
+
+    call: int
+    kind: str
+    message: str
+
+
+@register
+@dataclass(frozen=True)
+class Shutdown:
+    call: int
+
+
+# ---- generation ----
+
+
+@register
+@dataclass(frozen=True)
+class GenerateRequest:
+    """Samples of one prompt: one for each seed. Temperature 0 takes the likeliest token."""
+
+    prompt_id: str
+    prompt_tokens: np.ndarray  # int32 [p]
+    seeds: tuple[int, ...]
+    max_tokens: int
+    temperature: float
+    stop_token_ids: tuple[int, ...]  # the only ids that end a response; the engine knows no tokenizer
+
+
+@register
+@dataclass(frozen=True)
+class Completion:
+    prompt_id: str
+    sample: int  # index into the request's seeds
+    tokens: np.ndarray  # int32 [n], the stop token included
+    logprobs: np.ndarray  # float32 [n], of the tokens, under the request's temperature (under 1 where that is 0)
+    finish_reason: str  # "stop" or "length"
+    weight_versions: np.ndarray  # int32 [n], the version that sampled each token
+    num_cached_tokens: int  # tokens of the prompt that the prefix cache had
+
+
+@register
+@dataclass(frozen=True)
+class Generate:
+    call: int
+    requests: tuple[GenerateRequest, ...]
+
+
+@register
+@dataclass(frozen=True)
+class Completed:
+    call: int
+    completion: Completion
+
+
+@register
+@dataclass(frozen=True)
+class Cancel:
+    """Stop generating for a call. There is no answer; what is on its way still arrives."""
+
+    call: int
+
+
+@register
+@dataclass(frozen=True)
+class TrajectoryBatch:
+    """How the trajectories of a step travel from the rank that collected them to the others."""
+
+    trajectories: tuple[Trajectory, ...]
+
+
+# ---- weights ----
+
+
+@register
+@dataclass(frozen=True)
+class TensorSpec:
+    name: str  # as in the checkpoint
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@register
+@dataclass(frozen=True)
+class BeginUpdate:
+    """Announces every tensor of the new version, and the file that their buckets will lie in."""
+
+    call: int
+    version: int
+    tensors: tuple[TensorSpec, ...]
+    path: str
+    num_bytes: int
+
+
+@register
+@dataclass(frozen=True)
+class LoadBucket:
+    """These tensors lie in the file now. `Done` says that the file's part may be overwritten."""
+
+    call: int
+    names: tuple[str, ...]
+    offsets: tuple[int, ...]
+    checksums: tuple[int, ...]  # one for each name, or none at all
+
+
+@register
+@dataclass(frozen=True)
+class FinishUpdate:
+    call: int
+    version: int
+
+
+@register
+@dataclass(frozen=True)
+class AbandonUpdate:
+    """Give up a half-done update. The engine refuses to generate until another one is finished."""
+
+    call: int

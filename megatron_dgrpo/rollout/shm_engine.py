@@ -1,0 +1,185 @@
+"""A weight-transfer engine for vLLM: new weights are read from a file in shared memory and written over the old ones.
+
+It runs inside vLLM's worker and is driven through vLLM's own calls, in this order:
+
+    init_weight_transfer_engine   the whole manifest and the file: checked against the model; nothing has changed yet
+    start_weight_update
+    update_weights, repeatedly    some tensors lie in the file: they are loaded; afterwards the file may be overwritten
+    finish_weight_update          fails if a tensor never came; packs experts again, which vLLM does at load time only
+
+Every tensor of the model must arrive in every update, so an update that finishes leaves nothing of the old weights. One
+that fails leaves the model half old and half new; vLLM would go on generating with it, so its driver must not.
+
+What the model consists of is read from the headers of the checkpoint that it was loaded from: vLLM has itself checked
+that those tensors cover the model. Names that vLLM takes no weight from may be missing: a head that is tied to the
+embedding, and rotary frequencies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
+
+from megatron_dgrpo.checkpoint.hf.headers import read_headers
+from megatron_dgrpo.errors import TransferError, listing
+from megatron_dgrpo.rollout.checksum import checksum
+
+
+@dataclass
+class SharedMemoryInit(WeightTransferInitInfo):
+    path: str
+    num_bytes: int
+    names: list[str]
+    shapes: list[list[int]]
+    dtypes: list[str]
+
+
+@dataclass
+class SharedMemoryUpdate(WeightTransferUpdateInfo):
+    names: list[str] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
+    checksums: list[int] = field(default_factory=list)
+    abandon: bool = False
+    """Give the update up. vLLM ends an update when a part of it raises, and in no other way."""
+
+
+class SharedMemoryWeightTransferEngine(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpdate]):
+    init_info_cls = SharedMemoryInit
+    update_info_cls = SharedMemoryUpdate
+    supports_draft_weight_update = False
+
+    def __init__(self, config: Any, vllm_config: Any, device: torch.device, model: torch.nn.Module) -> None:
+        super().__init__(config, vllm_config, device, model)
+        packed = [name for name, parameter in model.named_parameters() if parameter.numel() == 0]
+        if packed:
+            raise TransferError(
+                listing(
+                    "vLLM has packed weights so that new ones cannot be written into them; the plugin of this package "
+                    "has not run in an engine host (is the package installed, and VLLM_PLUGINS unset?):",
+                    packed,
+                )
+            )
+        headers = read_headers(self.model_config.model)
+        self._shapes = {name: header.shape for name, header in headers.items() if "rotary_emb." not in name}
+        self._optional = _aliases(model) & self._shapes.keys()
+        self._dtypes = {parameter.dtype for parameter in model.parameters()}
+        self._manifest: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        self._waiting: set[str] = set()
+        self._mapped: mmap.mmap | None = None
+
+    # ---- vLLM's calls ----
+
+    def init_transfer_engine(self, init_info: SharedMemoryInit) -> None:
+        problems = self._problems(init_info)
+        if problems:
+            raise TransferError(
+                listing(f"The weights offered do not fit the engine's model, {self.model_config.model}:", problems)
+            )
+        try:
+            descriptor = os.open(init_info.path, os.O_RDWR | os.O_NOFOLLOW)
+        except OSError as error:
+            raise TransferError(
+                f"The engine cannot open {init_info.path} ({error.strerror}): it must be on the trainer's node"
+            ) from None
+        try:
+            if os.fstat(descriptor).st_size < init_info.num_bytes:
+                raise TransferError(f"{init_info.path} has fewer than the {init_info.num_bytes} bytes announced")
+            self._unmap()
+            self._mapped = mmap.mmap(descriptor, init_info.num_bytes)
+        finally:
+            os.close(descriptor)
+        self._manifest = {
+            name: (tuple(shape), getattr(torch, dtype))
+            for name, shape, dtype in zip(init_info.names, init_info.shapes, init_info.dtypes, strict=True)
+        }
+
+    def start_weight_update(self) -> None:
+        if self._mapped is None:
+            raise TransferError("An update was started before its manifest was given")
+        self._waiting = set(self._manifest)
+
+    def receive_weights(self, update_info: SharedMemoryUpdate) -> None:
+        if update_info.abandon:
+            self._unmap()
+            raise TransferError("The update was given up")
+        unknown = [name for name in update_info.names if name not in self._waiting]
+        if unknown:
+            raise TransferError(listing("These tensors were not announced, or came before:", unknown))
+        assert self._mapped is not None
+        whole = torch.frombuffer(self._mapped, dtype=torch.uint8)
+        tensors = [
+            (name, self._view(whole, name, offset))
+            for name, offset in zip(update_info.names, update_info.offsets, strict=True)
+        ]
+        self._verify(tensors, update_info.checksums)
+        self.model.load_weights(tensors)
+        self._waiting.difference_update(update_info.names)
+
+    def finish_weight_update(self) -> None:
+        if self._waiting:
+            raise TransferError(
+                listing("These tensors never came, so the engine has old weights:", sorted(self._waiting))
+            )
+        for module in self.model.modules():  # experts are packed on CPU, and by vLLM only when they are first loaded
+            kernel = getattr(getattr(module, "quant_method", None), "moe_kernel", None)
+            if kernel is not None and hasattr(module, "w13_weight"):
+                kernel.fused_experts.process_weights_after_loading(module)
+        self._unmap()
+
+    def shutdown(self) -> None:
+        self._unmap()
+
+    # ---- checks ----
+
+    def _problems(self, offered: SharedMemoryInit) -> list[str]:
+        """Every way in which the manifest differs from the model."""
+        problems = []
+        for name, shape, dtype in zip(offered.names, offered.shapes, offered.dtypes, strict=True):
+            if name not in self._shapes:
+                problems.append(f"{name}: the model has no such tensor")
+                continue
+            if tuple(shape) != self._shapes[name]:
+                problems.append(f"{name}: its shape is {list(shape)}, the engine has {list(self._shapes[name])}")
+            if getattr(torch, dtype, None) not in self._dtypes:
+                has = ", ".join(sorted(str(d).removeprefix("torch.") for d in self._dtypes))
+                problems.append(f"{name}: it is {dtype}, the engine has {has}: give both sides one dtype")
+        missing = self._shapes.keys() - set(offered.names) - self._optional
+        problems += [f"{name}: it is missing" for name in sorted(missing)]
+        if len(set(offered.names)) != len(offered.names):
+            problems.append("some names are there twice")
+        return problems
+
+    def _view(self, whole: torch.Tensor, name: str, offset: int) -> torch.Tensor:
+        shape, dtype = self._manifest[name]
+        num_bytes = torch.Size(shape).numel() * dtype.itemsize
+        if offset < 0 or offset + num_bytes > len(whole):
+            raise TransferError(f"{name} would lie outside of the file, at {offset}")
+        return whole[offset : offset + num_bytes].view(dtype).view(shape)
+
+    @staticmethod
+    def _verify(tensors: list[tuple[str, torch.Tensor]], checksums: list[int]) -> None:
+        if not checksums:
+            return
+        wrong = [name for (name, tensor), sent in zip(tensors, checksums, strict=True) if checksum(tensor) != sent]
+        if wrong:
+            raise TransferError(listing("These tensors did not arrive as they were sent (checksums differ):", wrong))
+
+    def _unmap(self) -> None:
+        if self._mapped is None:
+            return
+        mapped, self._mapped = self._mapped, None
+        with contextlib.suppress(BufferError):  # a view is still referenced by a traceback; it goes with that
+            mapped.close()
+
+
+def _aliases(model: torch.nn.Module) -> set[str]:
+    """Names of parameters that the model has under another name already."""
+    first: dict[int, str] = {}
+    names = model.named_parameters(remove_duplicate=False)
+    return {name for name, parameter in names if first.setdefault(id(parameter), name) != name}

@@ -1,0 +1,213 @@
+"""From a sharded trainer to engines on the same machine, through a file in shared memory. Imports no vLLM.
+
+Every rank writes the boxes that it holds straight to their places; no rank has more of the model than that, and the
+file holds two buckets. What happens before what:
+
+    rank 0   creates the file and offers the manifest to the engines           -> `path`
+    ranks    map the file; write bucket k into slot k % 2, once bucket k - 2
+             has been read by all engines (`read` >= k - 1)                    -> `written<slot>` += 1
+    rank 0   when all ranks have written bucket k: checks that their boxes
+             cover its tensors exactly, tells the engines to load it, and
+             goes on to write its own part of bucket k + 1
+    rank 0   before it writes bucket k + 2: waits for the engines' answers     -> `read` += 1
+    rank 0   after the last bucket: tells the engines to finish                -> `done`
+
+A rank cannot be two buckets ahead, so one counter per slot is enough. Waiting is done on keys of a `Store`, with a
+deadline, and never in a collective. A rank that fails says so under `failure`, which everybody who waits looks at.
+The file loses its name as soon as all sides have it mapped, so that no way of dying leaves it behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import mmap
+import os
+import secrets
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch.distributed import Store
+
+from megatron_dgrpo.checkpoint.hf.shards import WeightShard, WeightSpec
+from megatron_dgrpo.errors import DGRPOError, TransferError
+from megatron_dgrpo.rollout.board import Board
+from megatron_dgrpo.rollout.boxes import Box, ShardReader, check_coverage
+from megatron_dgrpo.rollout.buckets import NUM_SLOTS, Bucket, Plan, plan_buckets
+from megatron_dgrpo.rollout.checksum import MODULUS, partial_checksum
+from megatron_dgrpo.rollout.client import EngineClient
+from megatron_dgrpo.rollout.messages import TensorSpec
+
+_SHM = "/dev/shm"
+
+
+def push_weights(
+    shards: Iterable[WeightShard],
+    manifest: Sequence[WeightSpec],
+    *,
+    version: int,
+    store: Store,
+    rank: int,
+    num_ranks: int,
+    clients: Sequence[EngineClient] = (),
+    bucket_bytes: int,
+    shm_prefix: str,
+    deadline_s: float,
+    checksums: bool = False,
+) -> None:
+    """Replace the weights of the engines by those of `shards`. Called by every rank that takes part; returns on each
+    once all engines have the new version.
+
+    `shards` yields what this rank holds, in the manifest's order; `manifest` is the whole model, the same on all ranks.
+    `clients` are the engines, on rank 0 only. One version is pushed once. With `checksums`, every tensor's is computed
+    by those who write it and compared by the engines. After an error the engines refuse to generate until a later push
+    has succeeded, unless it came before the first byte moved.
+    """
+    board = Board(store, f"push_weights/{version}", rank=rank, num_ranks=num_ranks, deadline_s=deadline_s)
+    try:
+        board.enter()
+        push = _Push(plan_buckets(manifest, bucket_bytes), manifest, board, clients, checksums)
+        with push.mapped_file(version, shm_prefix):
+            push.move(ShardReader(shards, manifest))
+            push.finish(version)
+    except BaseException as error:
+        board.fail(f"rank {rank}: {error or type(error).__name__}")
+        for client in clients:
+            with contextlib.suppress(DGRPOError):  # its connection may be what failed; the host gives up by itself then
+                client.abandon_update(deadline_s=5.0)
+        raise
+    finally:
+        board.leave(_keys(num_ranks))
+
+
+def _keys(num_ranks: int) -> list[str]:
+    """Every key that a push may leave in the store."""
+    by_rank = [f"wrote{slot}/{rank}" for slot in range(NUM_SLOTS) for rank in range(num_ranks)]
+    return ["path", *(f"written{slot}" for slot in range(NUM_SLOTS)), "read", "done", *by_rank]
+
+
+class _Push:
+    def __init__(
+        self, plan: Plan, manifest: Sequence[WeightSpec], board: Board, clients: Sequence[EngineClient], checksums: bool
+    ) -> None:
+        self.plan, self.manifest, self.board, self.clients, self.checksums = plan, manifest, board, clients, checksums
+        self.path = ""
+        self.file = torch.empty(0, dtype=torch.uint8)
+        self.num_loaded_rounds = 0  # of rank 0: buckets whose answers it has
+        self.asked: list[list[int]] = []  # of rank 0: for each bucket, the calls to the engines
+
+    # ---- the file ----
+
+    @contextlib.contextmanager
+    def mapped_file(self, version: int, prefix: str) -> Iterator[None]:
+        try:
+            if self.board.rank == 0:
+                self.path = os.path.join(_SHM, f"{prefix}weights-{secrets.token_hex(6)}")
+                self._create()
+                self._offer(version)
+                self.board.publish("path", self.path.encode())
+            else:
+                self.path = self.board.await_key("path", "rank 0 to create the shared file").decode()
+            self.file = self._map()
+            yield
+        finally:
+            self._unlink()
+
+    def _create(self) -> None:
+        size = self.plan.file_bytes
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            os.posix_fallocate(descriptor, 0, size)  # without it, a full /dev/shm is a bus error on a write
+        except OSError as error:
+            raise TransferError(
+                f"{_SHM} has no room for the {size} bytes that two buckets of weights need ({error.strerror}): lower "
+                "bucket_bytes, or give the machine or the container more shared memory"
+            ) from None
+        finally:
+            os.close(descriptor)
+
+    def _map(self) -> torch.Tensor:
+        descriptor = os.open(self.path, os.O_RDWR | os.O_NOFOLLOW)
+        try:
+            return torch.frombuffer(mmap.mmap(descriptor, self.plan.file_bytes), dtype=torch.uint8)
+        finally:
+            os.close(descriptor)
+
+    def _unlink(self) -> None:
+        if self.board.rank == 0 and self.path:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.path)
+            self.path = ""
+
+    def _offer(self, version: int) -> None:
+        """Every engine judges the manifest before a byte moves."""
+        tensors = [
+            TensorSpec(s.hf_name, tuple(s.global_shape), str(s.dtype).removeprefix("torch.")) for s in self.manifest
+        ]
+        for client in self.clients:
+            client.begin_update(version, tensors, self.path, self.plan.file_bytes, deadline_s=self.board.left())
+
+    # ---- the bytes ----
+
+    def move(self, shards: ShardReader) -> None:
+        for number, bucket in enumerate(self.plan.buckets):
+            num_read = number - NUM_SLOTS + 1
+            if self.board.rank == 0:
+                self._collect_answers(num_read)
+            elif num_read > 0:
+                self.board.await_count("read", num_read, f"the engines to read bucket {num_read - 1}")
+            self._write(bucket, shards)
+            self.board.count(f"written{bucket.slot}")
+            if self.board.rank == 0:
+                self._announce(number, bucket)
+        shards.expect_end()
+        if self.board.rank == 0:
+            self._collect_answers(len(self.plan.buckets))
+
+    def _write(self, bucket: Bucket, shards: ShardReader) -> None:
+        places = dict(zip(bucket.indices, bucket.offsets, strict=True))
+        boxes: list[tuple[int, Box]] = []
+        sums = dict.fromkeys(bucket.indices, 0)
+        for index, shard in shards.up_to(bucket.indices[-1]):
+            spec = self.manifest[index]
+            self.target(places[index], spec)[tuple(slice(*b) for b in shard.box)].copy_(shard.local_tensor)
+            boxes.append((index, shard.box))
+            if self.checksums:
+                sums[index] += partial_checksum(shard.local_tensor.to(spec.dtype), shard.box, spec.global_shape)
+        wrote = json.dumps([boxes, [total % MODULUS for total in sums.values()]]).encode()
+        self.board.publish(f"wrote{bucket.slot}/{self.board.rank}", wrote)
+
+    def target(self, offset: int, spec: WeightSpec) -> torch.Tensor:
+        count = torch.Size(spec.global_shape).numel() * spec.dtype.itemsize
+        return self.file[offset : offset + count].view(spec.dtype).view(spec.global_shape)
+
+    # ---- rank 0 and the engines ----
+
+    def _announce(self, number: int, bucket: Bucket) -> None:
+        """When all ranks have written a bucket whole, the engines may load it; nobody waits for them yet."""
+        full = (number // NUM_SLOTS + 1) * self.board.num_ranks
+        self.board.await_count(f"written{bucket.slot}", full, f"all ranks to write bucket {number}")
+        self._unlink()  # every rank has mapped the file, or it could not have written
+        keys = [f"wrote{bucket.slot}/{rank}" for rank in range(self.board.num_ranks)]
+        wrote = [json.loads(self.board.await_key(key, "its account of what it wrote")) for key in keys]
+        check_coverage(self.manifest, bucket.indices, [boxes for boxes, _ in wrote])
+        names = [self.manifest[i].hf_name for i in bucket.indices]
+        sums = [sum(parts) % MODULUS for parts in zip(*[sums for _, sums in wrote], strict=True)]
+        left = self.board.left()
+        sums = sums if self.checksums else []
+        self.asked.append([c.load_bucket(names, bucket.offsets, sums, deadline_s=left) for c in self.clients])
+
+    def _collect_answers(self, num_rounds: int) -> None:
+        while self.num_loaded_rounds < num_rounds:
+            for client, call in zip(self.clients, self.asked[self.num_loaded_rounds], strict=True):
+                client.bucket_loaded(call, deadline_s=self.board.left())
+            self.num_loaded_rounds += 1
+            self.board.count("read")
+
+    def finish(self, version: int) -> None:
+        if self.board.rank != 0:
+            self.board.await_key("done", f"the engines to have version {version}")
+            return
+        for client in self.clients:
+            client.finish_update(version, deadline_s=self.board.left())
+        self.board.publish("done", b"1")

@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_dgrpo.checkpoint.hf.families import read_spec
+from megatron_dgrpo.checkpoint.hf.mapping import rules
+from megatron_dgrpo.errors import ConversionError
+from megatron_dgrpo.model.spec import ModelSpec, Rope
+
+
+def _spec(**changes: object) -> ModelSpec:
+    settings: dict[str, object] = {
+        "architecture": "Qwen3ForCausalLM",
+        "num_layers": 2,
+        "hidden_size": 16,
+        "ffn_size": 24,
+        "num_heads": 8,
+        "num_kv_heads": 2,
+        "head_dim": 4,
+        "vocab_size": 37,
+        "tied": False,
+        "norm_eps": 1e-6,
+        "rope": Rope(1e4),
+        "max_positions": 64,
+        "qk_norm": True,
+    }
+    return ModelSpec(**(settings | changes))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4, 8])
+def test_spans_cover_every_hugging_face_index_and_every_parameter_index_once(tp: int) -> None:
+    spec = _spec()
+    seen_local: dict[tuple[str, int], list[int]] = {}
+    for rule in rules(spec):
+        axis_length = rule.hf_shape[rule.axis or 0]
+        seen_hf = np.zeros(axis_length, int)
+        for rank in range(tp):
+            for span in rule.spans(rank, tp):
+                seen_hf[span.hf : span.hf + span.length] += 1
+                seen_local.setdefault((rule.parameter, rank), []).extend(range(span.local, span.local + span.length))
+        assert (seen_hf == (1 if rule.axis is not None else tp)).all(), rule.hf_name
+    sizes = {
+        "linear_qkv": (8 + 2 * 2) * 4 // tp,
+        "linear_proj": 32 // tp,
+        "linear_fc1": 2 * 24 // tp,
+        "linear_fc2": 24 // tp,
+        "q_layernorm": 4,
+        "k_layernorm": 4,
+        "layernorm": 16,
+    }
+    for (parameter, _), indices in seen_local.items():
+        assert len(set(indices)) == len(indices), parameter
+        for part, size in sizes.items():
+            if part in parameter and not (
+                part == "layernorm" and "_layernorm" in parameter and ("q_" in parameter or "k_" in parameter)
+            ):
+                assert sorted(indices) == list(range(size)), parameter
+                break
+
+
+def test_a_query_head_lies_with_its_key_value_head() -> None:
+    """With 2 key-value heads and 8 heads, parameter rows are q0 q1 q2 q3 k0 v0 | q4 q5 q6 q7 k1 v1, 4 rows each."""
+    table = {rule.hf_name.split(".")[-2]: rule for rule in rules(_spec()) if ".0.self_attn." in rule.hf_name}
+    assert table["q_proj"].spans(0, 1) == [(0, 0, 16), (24, 16, 16)]
+    assert table["k_proj"].spans(0, 1) == [(16, 0, 4), (40, 4, 4)]
+    assert table["v_proj"].spans(1, 2) == [(20, 4, 4)]
+    assert table["q_proj"].spans(1, 4) == [(0, 12, 4)] and table["v_proj"].spans(1, 4) == [(8, 0, 4)]
+
+
+def test_a_vocabulary_that_tensor_parallelism_does_not_divide() -> None:
+    embedding = rules(_spec())[0]
+    assert [embedding.spans(rank, 4) for rank in range(4)] == [[(0, 0, 10)], [(0, 10, 10)], [(0, 20, 10)], [(0, 30, 7)]]
+    last = rules(_spec(vocab_size=3))[0]
+    assert last.spans(3, 4) == []  # a shard that is all padding
+
+
+def _config(tmp_path: Path, **changes: object) -> Path:
+    config = {
+        "architectures": ["Qwen3ForCausalLM"],
+        "num_hidden_layers": 1,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 37,
+        "rope_theta": 1e6,
+    }
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in (config | changes).items() if v is not None}))
+    return tmp_path
+
+
+def test_rope_base_of_either_config_form(tmp_path: Path) -> None:
+    assert read_spec(_config(tmp_path)).rope == Rope(1e6)
+    parameters = {"rope_type": "default", "rope_theta": 5e5}
+    assert read_spec(_config(tmp_path, rope_theta=None, rope_parameters=parameters)).rope == Rope(5e5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, r"GPT2LMHeadModel; known here: .*Qwen3ForCausalLM"),
+        ({"architectures": None}, r"\(none\); known here"),
+        ({"hidden_size": None, "vocab_size": "many"}, r"(?s)hidden_size is missing.*vocab_size is missing"),
+        ({"num_key_value_heads": 3}, "no multiple of num_key_value_heads=3"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope type 'linear' is not supported"),
+        ({"rope_theta": None}, "rope_theta is missing"),
+    ],
+)
+def test_a_config_that_cannot_be_built(tmp_path: Path, changes: dict[str, object], says: str) -> None:
+    with pytest.raises(ConversionError, match=says):
+        read_spec(_config(tmp_path, **changes))
+
+
+def test_no_config_or_a_truncated_one(tmp_path: Path) -> None:
+    with pytest.raises(ConversionError, match="does not exist"):
+        read_spec(tmp_path)
+    text = _config(tmp_path).joinpath("config.json").read_text()
+    (tmp_path / "config.json").write_text(text[:-9])
+    with pytest.raises(ConversionError, match="not valid JSON"):
+        read_spec(tmp_path)

@@ -1,0 +1,267 @@
+"""The trainer's side of weight transfer: plans, boxes, checksums, and ranks that fail."""
+
+import glob
+import itertools
+import os
+import signal
+import time
+
+import pytest
+import torch
+from rollout_support import PREFIX, half_shards, manifest_of
+
+from megatron_dgrpo.checkpoint.hf.shards import WeightShard, WeightSpec
+from megatron_dgrpo.errors import TransferError
+from megatron_dgrpo.rollout.board import Board
+from megatron_dgrpo.rollout.boxes import ShardReader, check_coverage
+from megatron_dgrpo.rollout.buckets import num_bytes, plan_buckets
+from megatron_dgrpo.rollout.checksum import MODULUS, checksum, partial_checksum
+from megatron_dgrpo.rollout.transfer import push_weights
+from megatron_dgrpo.testing.distributed import RankError, run_distributed
+
+F32 = torch.float32
+
+
+def spec(name: str, *shape: int, dtype: torch.dtype = F32) -> WeightSpec:
+    return WeightSpec(name, shape, dtype)
+
+
+# ---- plans ----
+
+
+@pytest.mark.parametrize("bucket_bytes", [1, 64, 1000, 4096, 10**9])
+def test_a_plan_has_every_tensor_once_in_order_without_overlap(bucket_bytes):
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.randint(0, 40, (50, 2), generator=generator).tolist()
+    dtypes = itertools.cycle([torch.float32, torch.bfloat16, torch.float64])
+    manifest = [WeightSpec(f"w{i}", tuple(size), next(dtypes)) for i, size in enumerate(sizes)]
+    plan = plan_buckets(manifest, bucket_bytes)
+    assert [i for b in plan.buckets for i in b.indices] == list(range(50))
+    for number, bucket in enumerate(plan.buckets):
+        assert bucket.slot == number % 2
+        end = bucket.slot * plan.slot_bytes
+        for index, offset in zip(bucket.indices, bucket.offsets, strict=True):
+            assert offset >= end and offset % 64 == 0
+            end = offset + num_bytes(manifest[index])
+        used = end - bucket.slot * plan.slot_bytes
+        assert used <= plan.slot_bytes and (used <= bucket_bytes or len(bucket.indices) == 1)
+    biggest = max(map(num_bytes, manifest))
+    assert plan.slot_bytes <= max(bucket_bytes, biggest + 64)
+    assert plan.file_bytes == plan.slot_bytes * min(2, len(plan.buckets))
+
+
+def test_empty_manifests_and_names_that_are_there_twice():
+    with pytest.raises(TransferError, match="empty"):
+        plan_buckets([], 64)
+    with pytest.raises(TransferError, match="- w"):
+        plan_buckets([spec("w", 1), spec("v", 1), spec("w", 2)], 64)
+
+
+# ---- checksums ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int8])
+def test_a_checksum_is_the_sum_of_its_boxes_and_knows_their_places(dtype):
+    tensor = (torch.randn(7, 6, 5, generator=torch.Generator().manual_seed(0)) * 50).to(dtype)
+    boxes = [((0, 3), (0, 6), (0, 5)), ((3, 7), (0, 6), (0, 2)), ((3, 7), (0, 2), (2, 5)), ((3, 7), (2, 6), (2, 5))]
+    parts = [partial_checksum(tensor[tuple(slice(*b) for b in box)], box, tensor.shape) for box in boxes]
+    assert sum(parts) % MODULUS == checksum(tensor)
+    swapped = tensor.clone()
+    swapped[0], swapped[1] = tensor[1], tensor[0]
+    assert checksum(swapped) != checksum(tensor)
+    flipped = tensor.clone()
+    flipped.view(torch.uint8)[-1, -1, -1] ^= 1
+    assert checksum(flipped) != checksum(tensor)
+
+
+def test_a_checksum_by_hand_and_of_odd_shapes():
+    tensor = torch.tensor([[1, -2], [3, 4]], dtype=torch.int32)
+    assert checksum(tensor) == (1 * 1 - 2 * 3 + 3 * 5 + 4 * 7) % MODULUS
+    assert checksum(torch.tensor(5, dtype=torch.int16)) == 5
+    assert checksum(torch.zeros(0, 3)) == 0
+    big = torch.arange(3 * (1 << 21), dtype=torch.int32).reshape(3, -1)  # more than one chunk
+    index = torch.arange(big.numel(), dtype=torch.int64)
+    assert checksum(big) == int((index * (2 * index + 1)).sum()) % MODULUS
+
+
+# ---- boxes ----
+
+
+def shard(name: str = "w", shape=(4, 6), box=((0, 4), (0, 6)), local=None, dtype=F32) -> WeightShard:
+    local = torch.zeros([b - a for a, b in box]) if local is None else local
+    return WeightShard(name, shape, dtype, box, local)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        ([shard("other")], "other: a shard of it came, and the manifest does not have it"),
+        ([shard("x", (2,), ((0, 2),)), shard()], "w: it came after a later tensor"),
+        ([shard(shape=(4, 5), box=((0, 4), (0, 5)))], r"w: the shard is of \[4, 5\]"),
+        ([shard(dtype=torch.bfloat16)], r"w: the shard is of \[4, 6\] torch.bfloat16, the manifest has"),
+        (
+            [shard(box=((0, 5), (0, 6)))],
+            r"w: a local tensor of \[5, 6\] does not fill the box \[0:5, 0:6\] of \[4, 6\]",
+        ),
+        ([shard(box=((-1, 2), (0, 6)))], "does not fill"),
+        ([shard(box=((0, 4),))], "does not fill"),
+        ([shard(local=torch.zeros(6, 4))], "does not fill"),
+    ],
+)
+def test_a_shard_that_does_not_fit_the_manifest(wrong, text):
+    reader = ShardReader(wrong, [spec("v", 1), spec("w", 4, 6), spec("x", 2)])
+    with pytest.raises(TransferError, match=text):
+        list(reader.up_to(2))
+
+
+def test_shards_are_taken_when_their_bucket_comes():
+    taken = []
+
+    def shards():
+        for name in ("v", "w", "w", "x"):
+            taken.append(name)
+            yield shard(name, (1,), ((0, 1),))
+
+    reader = ShardReader(shards(), [spec("v", 1), spec("w", 1), spec("x", 1)])
+    assert [i for i, _ in reader.up_to(0)] == [0] and taken == ["v", "w"]
+    assert [i for i, _ in reader.up_to(1)] == [1, 1] and taken == ["v", "w", "w", "x"]
+    assert [i for i, _ in reader.up_to(2)] == [2]
+    reader.expect_end()
+
+
+def test_gaps_and_overlaps_are_all_named():
+    manifest = [spec("a", 4, 4), spec("b", 4), spec("c", 2, 2), spec("d", 3), spec("e")]
+    left, right = ((0, 4), (0, 2)), ((0, 4), (2, 4))
+    whole = [[(0, left), (4, ())], [(0, right), (1, ((0, 4),)), (2, ((0, 2), (0, 2))), (3, ((0, 3),))]]
+    check_coverage(manifest, range(5), whole)
+    with pytest.raises(TransferError) as caught:
+        check_coverage(
+            manifest, range(5), [[(0, left), (1, ((0, 3),)), (4, ())], [(0, ((0, 4), (1, 3))), (3, ((0, 3),))]]
+        )
+    assert str(caught.value).splitlines()[1:] == [
+        "  - a: rank 0's [0:4, 0:2] and rank 1's [0:4, 1:3] overlap",
+        "  - b: 1 of its 4 elements were written by no rank",
+        "  - c: 4 of its 4 elements were written by no rank",
+    ]
+    with pytest.raises(TransferError, match=r"e: rank 0's \[\] and rank 1's \[\] overlap"):
+        check_coverage(manifest, [4], [[(4, ())], [(4, ())]])
+
+
+# ---- ranks ----
+
+
+def tensors():
+    generator = torch.Generator().manual_seed(0)
+    return {f"w{i:02}": torch.randn(16, 8, generator=generator) for i in range(12)}
+
+
+def push(rank, world_size, fault, num_pushes=1):
+    """Push with a fault on rank 1; returns what each rank saw, how long it took, and the keys left in the store."""
+    import torch.distributed as dist
+
+    store = dist.distributed_c10d._get_default_store()
+    keys, start, seen = store.num_keys(), time.monotonic(), []
+
+    def shards():
+        for index, one in enumerate(half_shards(tensors(), rank, world_size)):
+            if rank == 1 and index == 7 and fault == "raise":
+                raise ValueError("the exporter broke")
+            if rank == 1 and index == 7 and fault == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if rank == 1 and index == 7 and fault == "gap":
+                continue
+            if rank == 1 and index == 7 and fault == "hang":
+                time.sleep(6)
+            yield one
+
+    for version in range(1, num_pushes + 1):
+        try:
+            push_weights(
+                shards(),
+                manifest_of(tensors()),
+                version=version,
+                store=store,
+                rank=rank,
+                num_ranks=world_size,
+                bucket_bytes=1200,
+                shm_prefix=PREFIX,
+                deadline_s=3.0 if fault in ("kill", "hang") else 30.0,
+                checksums=True,
+            )
+            seen.append("")
+        except (TransferError, ValueError) as error:
+            seen.append(str(error))
+    elapsed = time.monotonic() - start
+    dist.barrier() if fault in ("", "raise", "gap") else None
+    return seen, elapsed, store.num_keys() - keys
+
+
+def leftovers():
+    return glob.glob(f"/dev/shm/{PREFIX}*")
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_pushes_leave_nothing_behind(world_size):
+    results = run_distributed(push, world_size, "", 3)
+    assert [seen for seen, _, _ in results] == [["", "", ""]] * world_size
+    assert max(keys for _, _, keys in results) <= 2 + 2 * world_size  # the barrier's own
+    assert leftovers() == []
+
+
+def test_a_rank_that_fails_ends_the_others_with_its_words():
+    results = run_distributed(push, 3, "raise")
+    assert results[1][0] == ["the exporter broke"]
+    for rank in (0, 2):
+        (text,) = results[rank][0]
+        assert text.startswith("rank 1: the exporter broke") and f"(rank {rank} waited for" in text
+    assert max(elapsed for _, elapsed, _ in results) < 5
+    assert leftovers() == []
+
+
+def test_a_gap_is_named_before_its_bucket_is_loaded():
+    for (text,), elapsed, _ in run_distributed(push, 2, "gap"):
+        assert "w07: 64 of its 128 elements were written by no rank" in text and elapsed < 5
+    assert leftovers() == []
+
+
+def test_a_rank_that_hangs_is_found_by_the_deadline():
+    results = run_distributed(push, 3, "hang")
+    for rank in (0, 2):
+        (text,), elapsed, _ = results[rank]
+        assert "the deadline passed" in text and 2.5 < elapsed < 5
+    assert leftovers() == []
+
+
+def test_a_killed_rank_is_found_and_no_file_is_left():
+    with pytest.raises(RankError, match="SIGKILL"):
+        run_distributed(push, 3, "kill")
+    assert leftovers() == []
+
+
+def test_no_room_in_shared_memory_is_an_error_and_not_a_crash(tmp_path):
+    free = os.statvfs("/dev/shm")
+    too_much = free.f_bavail * free.f_frsize + 2**30
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    with pytest.raises(TransferError, match="/dev/shm has no room .*lower bucket_bytes"):
+        push_weights(
+            [],
+            [spec("w", too_much // 4)],
+            version=1,
+            store=store,
+            rank=0,
+            num_ranks=1,
+            bucket_bytes=1,
+            shm_prefix=PREFIX,
+            deadline_s=10,
+        )
+    assert leftovers() == []
+
+
+def test_a_topic_is_used_once(tmp_path):
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    first = Board(store, "topic", rank=0, num_ranks=1, deadline_s=5)
+    first.enter()
+    with pytest.raises(TransferError, match="topic was begun before and has not ended well"):
+        Board(store, "topic", rank=0, num_ranks=1, deadline_s=5).enter()
+    first.leave([])
+    Board(store, "topic", rank=0, num_ranks=1, deadline_s=5).enter()

@@ -1,0 +1,206 @@
+"""After a weight transfer, the same engine process answers like a fresh engine on the exported folder; and the check
+that shows it fails when a tensor or the reset of the prefix cache is withheld."""
+
+import glob
+
+import numpy as np
+import pytest
+from rollout_support import (
+    difference,
+    engine_host,
+    fresh,
+    greedy,
+    make_engine,
+    push_folder,
+    run_engine,
+    whole_tensors,
+)
+
+from megatron_dgrpo.errors import RolloutError, TransferError
+from megatron_dgrpo.rollout.messages import BeginUpdate, LoadBucket, TensorSpec
+from megatron_dgrpo.testing.distributed import run_distributed, run_forked
+
+TOLERANCE = 1e-4
+
+
+@pytest.mark.parametrize("kind", ["tied", "untied"])
+def test_three_updates_from_two_ranks(kind, request):
+    folders = request.getfixturevalue(f"{kind}_folders")
+    requests = greedy()
+    with engine_host(folders[0]) as host:
+        before = host.client.describe()
+        assert (before.weight_version, before.whole, before.block_size) == (0, True, 128)
+        answers = [host.answers(requests)]
+        assert difference(answers[0], fresh(folders[0], requests)) <= TOLERANCE
+        for version in (1, 2, 3):
+            assert run_distributed(push_folder, 2, folders[version], host.address, host.key, version) == ["", ""]
+            info = host.client.describe()
+            assert (info.pid, info.weight_version, info.whole) == (before.pid, version, True)
+            completions = list(host.client.generate(requests, deadline_s=60))
+            assert all((c.weight_versions == version).all() and len(c.weight_versions) for c in completions)
+            answers.append(host.answers(requests))
+            assert difference(answers[-1], fresh(folders[version], requests)) <= TOLERANCE
+        assert all(difference(a, b) > 1 for i, a in enumerate(answers) for b in answers[:i])
+    assert glob.glob("/dev/shm/dgrpo-push-*") == []
+
+
+def test_a_tensor_that_no_rank_sends_leaves_the_engine_refusing(untied_folders):
+    name = "model.layers.1.mlp.down_proj.weight"
+    with engine_host(untied_folders[0]) as host:
+        old = host.answers(greedy())
+        errors = run_distributed(push_folder, 2, untied_folders[1], host.address, host.key, 1, [name])
+        assert all(f"{name}: 6144 of its 6144 elements were written by no rank" in error for error in errors)
+        assert not host.client.describe().whole
+        with pytest.raises(RolloutError, match="not whole"):
+            host.answers(greedy())
+        # the next update is whole again, even to the version that it had
+        assert run_distributed(push_folder, 2, untied_folders[0], host.address, host.key, 2) == ["", ""]
+        assert difference(host.answers(greedy()), old) <= TOLERANCE
+
+
+def test_a_manifest_of_another_model_changes_nothing(untied_folders, tied_folders):
+    with engine_host(untied_folders[0]) as host:
+        old = host.answers(greedy())
+        for error in run_distributed(push_folder, 2, tied_folders[1], host.address, host.key, 1):
+            assert "lm_head.weight: it is missing" in error
+        specs = [
+            TensorSpec("lm_head.weight", (160, 64), "float32"),
+            TensorSpec("model.norm.weight", (64,), "bfloat16"),
+            TensorSpec("model.layers.7.mlp.up_proj.weight", (96, 64), "float32"),
+        ]
+        with pytest.raises(TransferError) as caught:
+            host.client.begin_update(1, specs, "/dev/shm/nothing", 64, deadline_s=20)
+        for part in (
+            "lm_head.weight: its shape is [160, 64], the engine has [161, 64]",
+            "model.norm.weight: it is bfloat16, the engine has float32",
+            "model.layers.7.mlp.up_proj.weight: the model has no such tensor",
+            "model.embed_tokens.weight: it is missing",
+            "model.layers.0.self_attn.q_norm.weight: it is missing",
+        ):
+            assert part in str(caught.value)
+        info = host.client.describe()
+        assert info.whole and info.weight_version == 0
+        assert difference(host.answers(greedy()), old) <= TOLERANCE
+
+
+# ---- with the engine in the test's own process, where parts can be withheld ----
+
+
+def push_in_process(engine, folder, version, path, leave_out=()):
+    """All tensors in one bucket, by the engine's own methods."""
+    tensors = whole_tensors(folder)
+    offsets, position = {}, 0
+    with open(path, "wb") as file:
+        for name, tensor in tensors.items():
+            offsets[name] = position
+            position += file.write(tensor.numpy().tobytes())
+    specs = tuple(TensorSpec(n, tuple(t.shape), "float32") for n, t in tensors.items())
+    engine.begin_update(BeginUpdate(0, version, specs, path, position))
+    sent = [name for name in tensors if name not in leave_out]
+    engine.load_bucket(LoadBucket(0, tuple(sent), tuple(offsets[n] for n in sent), ()))
+    engine.finish_update(version)
+
+
+def every_withheld_tensor(folders, path):
+    """For each tensor: was it refused, and with the refusal disabled, how far off were the answers?"""
+    from megatron_dgrpo.rollout.shm_engine import SharedMemoryWeightTransferEngine as Transfer
+
+    engine, requests = make_engine(folders[0]), greedy()
+    push_in_process(engine, folders[1], 1, path)
+    good = run_engine(engine, requests)
+    finish, found = Transfer.finish_weight_update, {}
+    for name in whole_tensors(folders[0]):
+        push_in_process(engine, folders[0], 2, path)
+        try:
+            push_in_process(engine, folders[1], 3, path, [name])
+            refused = ""
+        except TransferError as error:
+            refused = str(error)
+        whole = engine.whole
+        Transfer.finish_weight_update = lambda self: self._unmap()
+        push_in_process(engine, folders[0], 4, path)
+        push_in_process(engine, folders[1], 5, path, [name])
+        Transfer.finish_weight_update = finish
+        found[name] = (refused, whole, difference(run_engine(engine, requests), good))
+    return found, good
+
+
+@pytest.mark.parametrize("kind", ["tied", "untied"])
+def test_each_withheld_tensor_is_refused_and_would_be_noticed(kind, request, tmp_path):
+    folders = request.getfixturevalue(f"{kind}_folders")
+    found, good = run_forked(every_withheld_tensor, folders, str(tmp_path / "file"), preload="engine")
+    assert difference(good, fresh(folders[1], greedy())) <= TOLERANCE
+    assert len(found) == (25 if kind == "untied" else 24)
+    for name, (refused, whole, off) in found.items():
+        assert name in refused and "never came" in refused and not whole
+        assert off > TOLERANCE, name
+
+
+def without_cache_reset(folders, path):
+    engine, requests = make_engine(folders[0]), greedy()
+    run_engine(engine, requests)
+    reset = engine.llm.reset_prefix_cache
+    engine.llm.reset_prefix_cache = lambda: True
+    push_in_process(engine, folders[1], 1, path)
+    stale = run_engine(engine, requests)
+    engine.llm.reset_prefix_cache = lambda: False  # what vLLM answers while a request holds blocks
+    try:
+        push_in_process(engine, folders[1], 2, path)
+        refused = ""
+    except TransferError as error:
+        refused = str(error)
+    whole = engine.whole
+    engine.llm.reset_prefix_cache = reset
+    push_in_process(engine, folders[1], 3, path)
+    return stale, refused, whole, run_engine(engine, requests)
+
+
+def test_without_the_reset_of_the_prefix_cache_the_check_fails(untied_folders, tmp_path):
+    path = str(tmp_path / "file")
+    stale, refused, whole, good = run_forked(without_cache_reset, untied_folders, path, preload="engine")
+    right = fresh(untied_folders[1], greedy())
+    assert difference(good, right) <= TOLERANCE
+    assert difference(stale, right) > 0.01
+    assert "prefix cache could not be reset" in refused and not whole
+
+
+def experts(folders, path):
+    from megatron_dgrpo.rollout.shm_engine import SharedMemoryWeightTransferEngine as Transfer
+
+    engine, requests = make_engine(folders[0]), greedy()
+    push_in_process(engine, folders[1], 1, path)
+    packed_again = run_engine(engine, requests)
+    push_in_process(engine, folders[0], 2, path)
+    Transfer.finish_weight_update = lambda self: self._unmap()
+    push_in_process(engine, folders[1], 3, path)
+    return packed_again, run_engine(engine, requests)
+
+
+def test_experts_are_packed_again(moe_folders, tmp_path):
+    packed_again, not_packed = run_forked(experts, moe_folders, str(tmp_path / "file"), preload="engine")
+    right = fresh(moe_folders[1], greedy())
+    assert difference(packed_again, right) <= TOLERANCE
+    assert difference(not_packed, right) > 0.01
+
+
+def in_bfloat16(folder, path):
+    """A float32 update is refused by a bfloat16 engine; the plain weights of the engine are really bfloat16."""
+    engine = make_engine(folder, dtype="bfloat16")
+    try:
+        push_in_process(engine, folder, 1, path)
+    except TransferError as error:
+        return str(error), engine.whole, engine.info().dtype
+    return "", engine.whole, ""
+
+
+def test_another_dtype_is_refused(untied_folders, tmp_path):
+    error, whole, dtype = run_forked(in_bfloat16, untied_folders[0], str(tmp_path / "file"), preload="engine")
+    assert "lm_head.weight: it is float32, the engine has bfloat16: give both sides one dtype" in error
+    assert (whole, dtype) == (True, "bfloat16")
+
+
+def test_answers_differ_between_versions(untied_folders):
+    """The comparison would see an update that did nothing."""
+    answers = [fresh(folder, greedy(1)) for folder in untied_folders[:2]]
+    assert difference(*answers) > TOLERANCE
+    assert np.isinf(difference(answers[0], {k: (t + 1, p) for k, (t, p) in answers[0].items()}))
