@@ -1,4 +1,4 @@
-"""The whole configuration of a run, as frozen data. Every field says what it is; every default is here and nowhere else.
+"""The whole configuration of a run, as frozen data. Every field says what it is; defaults are here, nowhere else.
 
 What one field alone can check is checked here; what several fields must agree on is in `checks.py`.
 """

@@ -1,0 +1,1 @@
+"""How good the student is: held-out prompts with rewards."""

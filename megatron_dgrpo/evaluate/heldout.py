@@ -1,0 +1,44 @@
+"""Mean reward on held-out prompts, one sampled response each, the same seeds at every evaluation."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from megatron_dgrpo.data.dataset import read_rows
+from megatron_dgrpo.observe.timers import Phases
+from megatron_dgrpo.train.collect import collect, totals
+from megatron_dgrpo.train.run import Run
+
+EVALUATION_SEED = 7919
+"""Held-out responses are drawn with seeds of their own, so that evaluating more or less often changes no training."""
+
+
+def evaluate(run: Run, stage: int, step: int) -> None:
+    """Evaluate if it is due: before the first step, after the last one, and every so many between."""
+    settings = run.config.evaluation
+    if settings is None:
+        return
+    last = run.config.stages[stage].steps
+    if not (step in (0, last) or (settings.every and step % settings.every == 0)):
+        return
+    phases = Phases()
+    with phases("sync"):
+        run.sync(settings.engine)
+    trajectories = collect(
+        run,
+        settings.engine,
+        read_rows(settings.data)[: settings.num_prompts],
+        sampling=settings.sampling,
+        num_samples=1,
+        rewards=settings.rewards,
+        seed=EVALUATION_SEED,
+        step=0,
+        phases=phases,
+    )
+    rewards_B = totals(trajectories, settings.rewards)
+    values = {
+        "heldout/reward": float(rewards_B.mean()),
+        "heldout/prompts": float(len(rewards_B)),
+        "heldout/length": float(np.mean([t.num_loss_tokens for t in trajectories])),
+    }
+    run.report(stage, step, values, phases=phases)

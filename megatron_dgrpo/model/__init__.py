@@ -1,0 +1,1 @@
+"""Decoders on Megatron-Core: what a model is, how it is built, its attention, norm and rotary embeddings."""

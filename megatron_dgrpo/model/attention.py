@@ -1,0 +1,77 @@
+"""Core attention over packed documents.
+
+Legend: S tokens on this rank, B the batch axis (always 1: documents are packed along S), N heads, K key-value heads,
+D head dimension.
+
+The layout record says which tokens see each other; Megatron's attention masks are not used. Documents are causal and
+independent, so each is one call of the fastest kernel that torch has for it, and nothing of the size S x S exists.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_dgrpo.packing.layout import Layout
+
+
+class LayoutParams(PackedSeqParams):
+    """A layout record in the place where Megatron hands packing information down to attention."""
+
+    def __init__(self, layout: Layout) -> None:
+        super().__init__(qkv_format="sbhd")  # anything but "thd", whose fields Megatron would read
+        self.layout = layout
+
+
+class PackedAttention(torch.nn.Module):
+    """Takes the place of Megatron's DotProductAttention."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: Any = None,
+        **_: Any,
+    ) -> None:
+        super().__init__()
+        assert attention_type == "self" and config.attention_dropout == 0.0 and pg_collection.cp.size() == 1
+        self.scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
+
+    def forward(
+        self,
+        query_SBND: torch.Tensor,
+        key_SBKD: torch.Tensor,
+        value_SBKD: torch.Tensor,
+        attention_mask: None = None,
+        attn_mask_type: Any = None,
+        attention_bias: None = None,
+        packed_seq_params: LayoutParams | None = None,
+    ) -> torch.Tensor:
+        assert packed_seq_params is not None and attention_mask is None and attention_bias is None
+        s, b, n, d = query_SBND.shape
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBND, key_SBKD, value_SBKD))
+        parts = []
+        for document in packed_seq_params.layout.documents:
+            span = slice(document.start, document.start + document.length)
+            parts.append(
+                torch.nn.functional.scaled_dot_product_attention(
+                    query[:, :, span],
+                    key[:, :, span],
+                    value[:, :, span],
+                    is_causal=True,
+                    scale=self.scale,
+                    enable_gqa=n != key.size(1),
+                )
+            )
+        return torch.cat(parts, 2).permute(2, 0, 1, 3).reshape(s, b, n * d)
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return {}

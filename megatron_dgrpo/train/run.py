@@ -1,0 +1,140 @@
+"""What the stages of a run share: models, engines, the control plane between ranks, records.
+
+Waiting for a rollout is never done inside a collective: rank 0 talks to the engines, and the other ranks wait for
+what it publishes in a store, with a deadline. Collectives only ever see tensors that are ready on all ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_dgrpo.checkpoint.hf.exporter import export_folder, export_shards, manifest
+from megatron_dgrpo.config.schema import Config, Model
+from megatron_dgrpo.data.tokenizer import Tokenizer
+from megatron_dgrpo.errors import RolloutError
+from megatron_dgrpo.observe.records import Records
+from megatron_dgrpo.observe.timers import Phases
+from megatron_dgrpo.packing.trajectory import Trajectory
+from megatron_dgrpo.parallel.groups import Groups
+from megatron_dgrpo.rollout.client import EngineClient
+from megatron_dgrpo.rollout.codec import decode, encode
+from megatron_dgrpo.rollout.messages import TrajectoryBatch
+from megatron_dgrpo.rollout.transfer import push_weights
+from megatron_dgrpo.teacher.frozen import FrozenTeacher, load_teacher
+from megatron_dgrpo.train.student import Student, load_student
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+@dataclass
+class Run:
+    config: Config
+    groups: Groups
+    student: Student
+    tokenizer: Tokenizer
+    store: dist.Store
+    clients: dict[str, EngineClient]  # on rank 0; elsewhere empty
+    records: Records | None  # on rank 0
+    shm_prefix: str
+    teacher: FrozenTeacher | None = None
+    versions: dict[str, int] = field(default_factory=dict)  # of the weights that each engine has
+    version: int = 0  # of the student's weights: the number of updates so far
+    _published: int = 0
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank()
+
+    @property
+    def model(self) -> Model:
+        return self.config.models[self.config.student]
+
+    @property
+    def sequence_multiple(self) -> int:
+        """Tokens of a micro-batch come in multiples of this."""
+        return self.groups.grid.tp if self.model.layout.sequence_parallel else 1
+
+    def load_teacher(self) -> FrozenTeacher:
+        """The teacher, loaded when the first stage asks for it."""
+        if self.teacher is None:
+            model = self.config.models[self.config.teachers[0].model]
+            self.teacher = load_teacher(
+                model.path,
+                self.student.decoder,
+                groups=self.groups,
+                dtype=DTYPES[model.dtype],
+                sequence_parallel=model.layout.sequence_parallel,
+            )
+        return self.teacher
+
+    def sync(self, engine: str) -> None:
+        """Give an engine the student's weights, unless it has them."""
+        if self.versions.get(engine) == self.version:
+            return
+        settings = self.config.engines[engine]
+        dtype = DTYPES[settings.dtype or self.model.dtype]
+        push_weights(
+            export_shards(self.student.decoder, dtype),
+            manifest(self.student.decoder.spec, dtype),
+            version=self.version,
+            store=dist.PrefixStore(f"weights/{engine}/{self.version}", self.store),
+            rank=self.rank,
+            num_ranks=dist.get_world_size(),
+            clients=(self.clients[engine],) if self.rank == 0 else (),
+            bucket_bytes=settings.bucket_bytes,
+            shm_prefix=self.shm_prefix,
+            deadline_s=settings.request_timeout_s,
+        )
+        self.versions[engine] = self.version
+
+    def share_trajectories(self, mine: Sequence[Trajectory] | None, deadline_s: float) -> list[Trajectory]:
+        """Rank 0's trajectories on every rank. The others wait in the store for at most the deadline."""
+        key = f"trajectories/{self._published}"
+        self._published += 1
+        if self.rank == 0:
+            assert mine is not None
+            if dist.get_world_size() > 1:
+                self.store.set(key, encode(TrajectoryBatch(tuple(mine))))
+                self.store.delete_key(f"trajectories/{self._published - 3}")  # every rank has long read that one
+            return list(mine)
+        try:
+            self.store.wait([key], timedelta(seconds=deadline_s))
+        except dist.DistError as error:
+            raise RolloutError(f"rank {self.rank} waited {deadline_s:g} s for rank 0's rollouts: {error}") from error
+        batch = decode(self.store.get(key))
+        assert isinstance(batch, TrajectoryBatch)
+        return list(batch.trajectories)
+
+    def export(self, target: Path) -> None:
+        export_folder(self.student.decoder, self.model.path, target, DTYPES[self.model.dtype])
+
+    def report(
+        self,
+        stage: int,
+        step: int,
+        values: dict[str, float],
+        *,
+        update: int | None = None,
+        phases: Phases | None = None,
+    ) -> None:
+        """What a step has to say, into the records that rank 0 keeps."""
+        if self.records is not None:
+            settings = self.config.stages[stage]
+            self.records.report(settings.kind, stage, step, settings.steps, values, update=update, phases=phases)
+
+    def note(self, words: str) -> None:
+        if self.records is not None:
+            self.records.note(words)
+
+
+def load_run_student(config: Config, groups: Groups) -> Student:
+    model = config.models[config.student]
+    return load_student(
+        model.path, groups=groups, dtype=DTYPES[model.dtype], sequence_parallel=model.layout.sequence_parallel
+    )

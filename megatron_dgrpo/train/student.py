@@ -1,0 +1,82 @@
+"""The model that is trained: decoder, Megatron's data-parallel wrapper with its gradient buffers, its optimizer."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+
+from megatron_dgrpo.checkpoint.hf.families import read_spec
+from megatron_dgrpo.checkpoint.hf.importer import import_weights
+from megatron_dgrpo.config.schema import Adam
+from megatron_dgrpo.errors import NonFiniteError
+from megatron_dgrpo.model.decoder import Decoder, build_decoder
+from megatron_dgrpo.parallel.groups import Groups
+from megatron_dgrpo.train import adam
+
+adam.install()
+
+
+class Student:
+    """A decoder in training. Its optimizer is made anew for each stage."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        decoder.config.finalize_model_grads_func = finalize_model_grads
+        ddp = DistributedDataParallelConfig(
+            use_distributed_optimizer=True, grad_reduce_in_fp32=decoder.config.params_dtype == torch.bfloat16
+        )
+        self.decoder = decoder
+        self.wrapped = DistributedDataParallel(decoder.config, ddp, decoder, pg_collection=decoder.groups.collection)
+        self._settings: Adam | None = None
+        self._optimizer: MegatronOptimizer | None = None
+        self._updates = 0
+
+    def start_optimizer(self, settings: Adam) -> None:
+        dtype = self.decoder.config.params_dtype
+        config = OptimizerConfig(
+            optimizer="adam",
+            lr=settings.lr,
+            weight_decay=settings.weight_decay,
+            clip_grad=settings.clip_grad,
+            adam_beta1=settings.betas[0],
+            adam_beta2=settings.betas[1],
+            adam_eps=settings.eps,
+            bf16=dtype == torch.bfloat16,
+            params_dtype=dtype,
+            use_distributed_optimizer=True,
+        )
+        self._optimizer = get_megatron_optimizer(
+            config, [self.wrapped], use_gloo_process_groups=False, pg_collection=self.decoder.groups.collection
+        )
+        self._settings, self._updates = settings, 0
+
+    def zero_grad(self) -> None:
+        self.wrapped.zero_grad_buffer()
+        if self._optimizer is not None:
+            self._optimizer.zero_grad()
+
+    def update(self) -> dict[str, float]:
+        """One optimizer update from the gradients in the buffers. Nothing is changed when they are not finite."""
+        assert self._optimizer is not None and self._settings is not None
+        warm = min(1.0, (self._updates + 1) / self._settings.warmup_steps) if self._settings.warmup_steps else 1.0
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._settings.lr * warm
+        self._optimizer.prepare_grads()
+        norm = float(self._optimizer.get_grad_norm())
+        if not math.isfinite(norm):
+            raise NonFiniteError(
+                f"the gradient's norm is {norm} at update {self._updates + 1} of this stage; no weight was changed. "
+                "Lower the learning rate, or look for the sample in the rollouts of this step"
+            )
+        self._optimizer.step()
+        self._updates += 1
+        return {"grad_norm": norm, "lr": self._settings.lr * warm}
+
+
+def load_student(folder: str | Path, *, groups: Groups, dtype: torch.dtype, sequence_parallel: bool) -> Student:
+    decoder = build_decoder(read_spec(folder), groups=groups, dtype=dtype, sequence_parallel=sequence_parallel)
+    import_weights(decoder, folder)
+    return Student(decoder)

@@ -1,0 +1,68 @@
+"""What a trainer rank does from start to end: join the others, build the run, go through the stages, export."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_dgrpo.config.loader import load
+from megatron_dgrpo.config.schema import DGRPO, SFT, Config
+from megatron_dgrpo.data.tokenizer import Tokenizer
+from megatron_dgrpo.launch.rendezvous import join_world
+from megatron_dgrpo.observe.records import Records
+from megatron_dgrpo.parallel import platform
+from megatron_dgrpo.parallel.groups import Groups
+from megatron_dgrpo.rollout.client import EngineClient
+from megatron_dgrpo.train.dgrpo import run_dgrpo
+from megatron_dgrpo.train.run import Run, load_run_student
+from megatron_dgrpo.train.sft import run_sft
+
+
+def main(*, config_path: str, engines: Mapping[str, str], key: str, shm_prefix: str) -> None:
+    """Target of the supervisor. `engines` are the addresses of the engine hosts that the run uses."""
+    config = load(config_path)
+    torch.set_num_threads(config.threads_per_rank)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    store = join_world(backend=platform.backend(), timeout_s=config.collective_timeout_s)
+    run = _build(config, store, engines, key, shm_prefix)
+    for number, stage in enumerate(config.stages):
+        match stage:
+            case SFT():
+                run_sft(run, stage, number)
+            case DGRPO():
+                run_dgrpo(run, stage, number)
+    target = Path(config.run_dir) / "hf"
+    run.export(target)
+    run.note(f"exported to {target}")
+    for client in run.clients.values():
+        client.close()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _build(config: Config, store: dist.Store, engines: Mapping[str, str], key: str, shm_prefix: str) -> Run:
+    layout, model = config.models[config.student].layout, config.models[config.student]
+    groups = Groups(tp=layout.tp, dp=layout.dp, timeout_s=config.collective_timeout_s)
+    groups.seed(config.seed)
+    torch.manual_seed(config.seed)
+    first = dist.get_rank() == 0
+    student = load_run_student(config, groups)
+    clients = {}
+    if first:
+        for name, address in engines.items():
+            clients[name] = EngineClient.connect(address, key, deadline_s=config.engines[name].start_timeout_s)
+    return Run(
+        config=config,
+        groups=groups,
+        student=student,
+        tokenizer=Tokenizer.load(model.path),
+        store=store,
+        clients=clients,
+        records=Records(Path(config.run_dir)) if first else None,
+        shm_prefix=shm_prefix,
+    )
