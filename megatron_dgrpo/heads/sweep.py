@@ -110,8 +110,9 @@ class Sweep:
 
     def scratch(self, like_CV: Tensor) -> Scratch:
         """Two tensors of a tile's size, for element-wise work."""
-        get = self.workspace.get
-        return get("one", *like_CV.shape, like_CV.dtype), get("two", *like_CV.shape, like_CV.dtype)
+        rows, columns = like_CV.shape
+        one, two = (self.workspace.get(name, rows, columns, like_CV.dtype) for name in ("one", "two"))
+        return one, two
 
 
 class Chunk:

@@ -1,7 +1,7 @@
 """How ranks wait for each other without a collective: counters and keys in a store, a deadline, and a key for failures.
 
 Whoever waits looks at the failure key as well, so a rank that could not go on ends the others within milliseconds, with
-its own words. The last rank to leave removes the keys.
+its own words. The last rank to leave removes the keys, and a topic can be used again from then on.
 """
 
 from __future__ import annotations
@@ -31,9 +31,11 @@ class Board:
         return max(0.001, self._deadline - time.monotonic())
 
     def enter(self) -> None:
+        """Begin, once every rank has left what went by the same topic before."""
+        self._poll(lambda: not self._store.check(["left"]) or None, "all ranks to leave what was done before", False)
         self._entered = self._ask(lambda: self._store.add("entered", 1)) <= self.num_ranks
         if not self._entered:
-            raise TransferError(f"{self.topic} was begun before and has not ended well: a topic is used once")
+            raise TransferError(f"{self.topic} has more than {self.num_ranks} ranks, or was begun and never left")
 
     def leave(self, keys: Iterable[str]) -> None:
         """Say that this rank needs nothing more; the last one removes the keys. Never raises."""
@@ -52,19 +54,19 @@ class Board:
     def fail(self, text: str) -> None:
         """Tell the others, if nobody has yet. Never raises."""
         with contextlib.suppress(RuntimeError):
-            if not self._store.check(["failure"]):
+            if self._entered and not self._store.check(["failure"]):
                 self._store.set("failure", text)
 
     def await_count(self, counter: str, value: int, what: str) -> None:
-        self._wait(lambda: self._store.check([counter]) and int(self._store.get(counter)) >= value or None, what)
+        self._poll(lambda: self._store.check([counter]) and int(self._store.get(counter)) >= value or None, what)
 
     def await_key(self, key: str, what: str) -> bytes:
-        return self._wait(lambda: self._store.get(key) if self._store.check([key]) else None, what)
+        return self._poll(lambda: self._store.get(key) if self._store.check([key]) else None, what)
 
-    def _wait(self, probe: Callable[[], Answer | None], what: str) -> Answer:
+    def _poll(self, probe: Callable[[], Answer | None], what: str, heed_failures: bool = True) -> Answer:
         sleep = 0.0002
         while (answer := self._ask(probe)) is None:
-            if self._ask(lambda: self._store.check(["failure"])):
+            if heed_failures and self._ask(lambda: self._store.check(["failure"])):
                 raise TransferError(f"{self._store.get('failure').decode()} (rank {self.rank} waited for {what})")
             if time.monotonic() > self._deadline:
                 raise TransferError(f"the deadline passed: rank {self.rank} waited for {what}")

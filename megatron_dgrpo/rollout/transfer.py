@@ -59,8 +59,8 @@ def push_weights(
     once all engines have the new version.
 
     `shards` yields what this rank holds, in the manifest's order; `manifest` is the whole model, the same on all ranks.
-    `clients` are the engines, on rank 0 only. One version is pushed once. With `checksums`, every tensor's is computed
-    by those who write it and compared by the engines. After an error the engines refuse to generate until a later push
+    `clients` are the engines, on rank 0 only. With `checksums`, every tensor's is computed by those who write it and
+    compared by the engines. After an error the engines refuse to generate until a later push
     has succeeded, unless it came before the first byte moved.
     """
     board = Board(store, f"push_weights/{version}", rank=rank, num_ranks=num_ranks, deadline_s=deadline_s)

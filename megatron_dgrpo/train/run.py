@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ import torch.distributed as dist
 
 from megatron_dgrpo.checkpoint.hf.exporter import export_folder, export_shards, manifest
 from megatron_dgrpo.config.schema import Config, Model
+from megatron_dgrpo.data.dataset import PromptRow, read_rows
 from megatron_dgrpo.data.tokenizer import Tokenizer
 from megatron_dgrpo.errors import RolloutError
 from megatron_dgrpo.observe.records import Records
@@ -54,6 +56,12 @@ class Run:
     @property
     def model(self) -> Model:
         return self.config.models[self.config.student]
+
+    @cached_property
+    def heldout(self) -> list[PromptRow]:
+        """The evaluation's prompts."""
+        settings = self.config.evaluation
+        return read_rows(settings.data)[: settings.num_prompts] if settings else []
 
     @property
     def sequence_multiple(self) -> int:
@@ -100,7 +108,7 @@ class Run:
         if self.rank == 0:
             assert mine is not None
             if dist.get_world_size() > 1:
-                self.store.set(key, encode(TrajectoryBatch(tuple(mine))))
+                self.store.set(key, encode(TrajectoryBatch(tuple(mine))))  # type: ignore[arg-type] # its stub says text only
                 self.store.delete_key(f"trajectories/{self._published - 3}")  # every rank has long read that one
             return list(mine)
         try:

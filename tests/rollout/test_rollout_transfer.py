@@ -257,11 +257,35 @@ def test_no_room_in_shared_memory_is_an_error_and_not_a_crash(tmp_path):
     assert leftovers() == []
 
 
-def test_a_topic_is_used_once(tmp_path):
+def use_topic(rank, world_size, times):
+    import torch.distributed as dist
+
+    store, read = dist.distributed_c10d._get_default_store(), []
+    for turn in range(times):
+        board = Board(store, "topic", rank=rank, num_ranks=world_size, deadline_s=20)
+        board.enter()
+        board.count("here")
+        board.await_count("here", world_size, "the others")
+        if rank == turn % world_size:
+            board.publish("turn", str(turn).encode())
+        read.append(int(board.await_key("turn", "its turn")))
+        board.leave(["here", "turn"])
+    return read
+
+
+def test_a_topic_can_be_used_again_once_all_ranks_have_left_it():
+    assert run_distributed(use_topic, 3, 40) == [list(range(40))] * 3
+
+
+def test_a_topic_that_a_rank_never_left_is_refused(tmp_path):
     store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-    first = Board(store, "topic", rank=0, num_ranks=1, deadline_s=5)
-    first.enter()
-    with pytest.raises(TransferError, match="topic was begun before and has not ended well"):
-        Board(store, "topic", rank=0, num_ranks=1, deadline_s=5).enter()
-    first.leave([])
-    Board(store, "topic", rank=0, num_ranks=1, deadline_s=5).enter()
+    boards = [Board(store, "topic", rank=rank, num_ranks=2, deadline_s=0.3) for rank in (0, 1, 0)]
+    boards[0].enter()
+    boards[1].enter()
+    with pytest.raises(TransferError, match="topic has more than 2 ranks, or was begun and never left"):
+        boards[2].enter()
+    boards[0].leave([])
+    with pytest.raises(TransferError, match="the deadline passed: rank 0 waited for all ranks to leave"):
+        boards[2].enter()
+    boards[1].leave([])
+    Board(store, "topic", rank=0, num_ranks=2, deadline_s=0.3).enter()
