@@ -1,7 +1,9 @@
 """How ranks wait for each other without a collective: counters and keys in a store, a deadline, and a key for failures.
 
-Whoever waits looks at the failure key as well, so a rank that could not go on ends the others within milliseconds, with
-its own words. The last rank to leave removes the keys, and a topic can be used again from then on.
+Whoever waits looks at the failure key as well, so a rank that could not go on ends the others within milliseconds, with its own
+words. A topic may be used again and again, by all ranks as often: each rank counts its turns in the store, and the
+keys of a turn are its own. So a rank may be a turn ahead, or late for one that another has given up already. The last
+rank to leave a turn removes its keys.
 """
 
 from __future__ import annotations
@@ -21,29 +23,21 @@ Answer = TypeVar("Answer")
 
 class Board:
     def __init__(self, store: Store, topic: str, *, rank: int, num_ranks: int, deadline_s: float) -> None:
-        self.topic, self.rank, self.num_ranks = topic, rank, num_ranks
-        self._store = PrefixStore(topic, store)
+        self.rank, self.num_ranks = rank, num_ranks
         self._deadline = time.monotonic() + deadline_s
-        self._entered = False
+        turn = self._ask(lambda: store.add(f"{topic}/turns/{rank}", 1))
+        self._store = PrefixStore(f"{topic}/{turn}", store)
 
     def left(self) -> float:
         """Seconds until the deadline; what waits for something else gets no more than these."""
         return max(0.001, self._deadline - time.monotonic())
 
-    def enter(self) -> None:
-        """Begin, once every rank has left what went by the same topic before."""
-        self._poll(lambda: not self._store.check(["left"]) or None, "all ranks to leave what was done before", False)
-        self._entered = self._ask(lambda: self._store.add("entered", 1)) <= self.num_ranks
-        if not self._entered:
-            raise TransferError(f"{self.topic} has more than {self.num_ranks} ranks, or was begun and never left")
-
     def leave(self, keys: Iterable[str]) -> None:
         """Say that this rank needs nothing more; the last one removes the keys. Never raises."""
-        if self._entered:
-            with contextlib.suppress(RuntimeError):  # a store that is gone has no keys to remove
-                if self._store.add("left", 1) == self.num_ranks:
-                    for key in (*keys, "failure", "entered", "left"):
-                        self._store.delete_key(key)
+        with contextlib.suppress(RuntimeError):  # a store that is gone has no keys to remove
+            if self._store.add("left", 1) == self.num_ranks:
+                for key in (*keys, "failure", "left"):
+                    self._store.delete_key(key)
 
     def publish(self, key: str, value: bytes) -> None:
         self._ask(lambda: self._store.set(key, value))  # type: ignore[arg-type]
@@ -54,7 +48,7 @@ class Board:
     def fail(self, text: str) -> None:
         """Tell the others, if nobody has yet. Never raises."""
         with contextlib.suppress(RuntimeError):
-            if self._entered and not self._store.check(["failure"]):
+            if not self._store.check(["failure"]):
                 self._store.set("failure", text)
 
     def await_count(self, counter: str, value: int, what: str) -> None:
@@ -63,10 +57,10 @@ class Board:
     def await_key(self, key: str, what: str) -> bytes:
         return self._poll(lambda: self._store.get(key) if self._store.check([key]) else None, what)
 
-    def _poll(self, probe: Callable[[], Answer | None], what: str, heed_failures: bool = True) -> Answer:
+    def _poll(self, probe: Callable[[], Answer | None], what: str) -> Answer:
         sleep = 0.0002
         while (answer := self._ask(probe)) is None:
-            if heed_failures and self._ask(lambda: self._store.check(["failure"])):
+            if self._ask(lambda: self._store.check(["failure"])):
                 raise TransferError(f"{self._store.get('failure').decode()} (rank {self.rank} waited for {what})")
             if time.monotonic() > self._deadline:
                 raise TransferError(f"the deadline passed: rank {self.rank} waited for {what}")
