@@ -105,7 +105,7 @@ def _layouts(config: Config) -> Iterator[str]:
         teacher = config.models.get(name)
         if student is None or teacher is None:
             continue
-        for axis in ("tp", "dp"):
+        for axis in ("tp", "cp", "dp"):
             ours, theirs = getattr(student.layout, axis), getattr(teacher.layout, axis)
             if ours != theirs:
                 yield (
@@ -181,11 +181,15 @@ def _lengths(config: Config) -> Iterator[str]:
                 f"{path}.sampling.max_tokens: {section.sampling.max_tokens} leaves no room for a prompt in "
                 f"engines.{section.engine}.max_model_len={engine.max_model_len}; lower the one or raise the other"
             )
-        if isinstance(section, DGRPO) and 2 <= section.micro_batch_tokens < engine.max_model_len:
+        if (
+            isinstance(section, DGRPO)
+            and section.on_overlong == "error"
+            and 2 <= section.micro_batch_tokens < engine.max_model_len
+        ):
             yield (
                 f"{path}.micro_batch_tokens: {section.micro_batch_tokens} cannot hold the longest sequence that the "
                 f"engine may return; set {path}.micro_batch_tokens={engine.max_model_len} or more, or "
-                f"engines.{section.engine}.max_model_len={section.micro_batch_tokens} or less"
+                f"engines.{section.engine}.max_model_len={section.micro_batch_tokens} or less, or {path}.on_overlong=drop"
             )
 
 

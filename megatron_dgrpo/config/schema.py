@@ -22,6 +22,8 @@ class Layout(Frozen):
 
     tp: PositiveInt = 1
     """Tensor-parallel size: each layer's matrices and the vocabulary are cut into this many shards."""
+    cp: PositiveInt = 1
+    """Context-parallel size: a micro-batch's tokens are spread over this many ranks, which exchange keys and values."""
     dp: PositiveInt = 1
     """Data-parallel size: replicas that work on different micro-batches."""
     sequence_parallel: bool = False
@@ -29,7 +31,7 @@ class Layout(Frozen):
 
     @property
     def world_size(self) -> int:
-        return self.tp * self.dp
+        return self.tp * self.cp * self.dp
 
 
 class Model(Frozen):
@@ -156,7 +158,10 @@ class Stage(Frozen):
     """Batches to train on."""
     optimizer: Adam
     micro_batch_tokens: PositiveInt = 8192
-    """Sequences are packed into micro-batches of at most so many tokens."""
+    """Sequences are packed into micro-batches of at most so many tokens (on all context-parallel ranks together). A
+    prompt counts once for all of its responses; a group that is larger is cut into several, each with the prompt."""
+    on_overlong: Literal["error", "drop"] = "error"
+    """A sequence that is longer than a micro-batch or the model's context ends the run, or is dropped and counted."""
 
 
 class SFT(Stage):

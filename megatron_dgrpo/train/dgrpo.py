@@ -11,8 +11,8 @@ from megatron_dgrpo.algorithms.build import dgrpo_loss, dgrpo_streams
 from megatron_dgrpo.config.schema import DGRPO
 from megatron_dgrpo.data.dataset import PromptSource
 from megatron_dgrpo.observe.timers import Phases
-from megatron_dgrpo.packing.pack import from_trajectories, pack, share
 from megatron_dgrpo.packing.trajectory import Trajectory
+from megatron_dgrpo.packing.trees import trees
 from megatron_dgrpo.train.collect import collect, totals
 from megatron_dgrpo.train.evaluation import evaluate
 from megatron_dgrpo.train.run import Run
@@ -40,6 +40,7 @@ def run_dgrpo(run: Run, stage: DGRPO, number: int) -> None:
         )
         facts = _facts(trajectories, totals(trajectories, stage.rewards))
         with phases("pack"):
+            trajectories = run.fitting(trajectories, stage, facts)
             shares = _by_prompts(trajectories, stage)
             work = [_work(run, stage, members, facts) for members in shares]
         with phases("teach"):
@@ -56,19 +57,21 @@ def run_dgrpo(run: Run, stage: DGRPO, number: int) -> None:
 
 
 def _by_prompts(trajectories: Sequence[Trajectory], stage: DGRPO) -> list[list[Trajectory]]:
-    """The trajectories of each update: whole groups, in equal numbers."""
-    size = len(trajectories) // stage.updates_per_batch
-    return [list(trajectories[start : start + size]) for start in range(0, len(trajectories), size)]
+    """The trajectories of each update: whole groups, in equal numbers (one less where some were dropped)."""
+    groups: dict[str, list[Trajectory]] = {}
+    for trajectory in trajectories:
+        groups.setdefault(trajectory.prompt_id, []).append(trajectory)
+    shares = np.array_split(np.arange(len(groups)), min(len(groups), stage.updates_per_batch))
+    members = list(groups.values())
+    return [[trajectory for group in share for trajectory in members[group]] for share in shares]
 
 
 def _work(run: Run, stage: DGRPO, trajectories: Sequence[Trajectory], facts: dict[str, float]) -> Work:
     """This rank's micro-batches of one update, and the streams of all of it."""
-    grid = run.groups.grid
     batch = dgrpo_streams(trajectories, totals(trajectories, stage.rewards), stage.objective)
     for name, value in batch.facts.items():
         facts[name] = facts.get(name, 0.0) + value
-    mine = share(from_trajectories(trajectories), grid.coordinate("dp"), grid.dp)
-    layouts = pack(mine, max_tokens=stage.micro_batch_tokens, multiple_of=run.sequence_multiple)
+    layouts = run.pack(trees(trajectories), stage)
     loss, factors = dgrpo_loss(stage.objective)
     return Work(layouts, batch.streams, loss, factors, stage.sampling.temperature)
 

@@ -16,13 +16,18 @@ import torch
 import torch.distributed as dist
 
 from megatron_dgrpo.checkpoint.hf.exporter import export_folder, export_shards, manifest
-from megatron_dgrpo.config.schema import Config, Model
+from megatron_dgrpo.config.schema import Config, Model, Stage
 from megatron_dgrpo.data.dataset import PromptRow, read_rows
 from megatron_dgrpo.data.tokenizer import Tokenizer
-from megatron_dgrpo.errors import RolloutError
+from megatron_dgrpo.errors import RolloutError, listing
+from megatron_dgrpo.model.flops import training_cost
 from megatron_dgrpo.observe.records import Records
 from megatron_dgrpo.observe.timers import Phases
+from megatron_dgrpo.packing.layout import Layout
+from megatron_dgrpo.packing.limits import Limits, keep_fitting
+from megatron_dgrpo.packing.pack import micro_batches
 from megatron_dgrpo.packing.trajectory import Trajectory
+from megatron_dgrpo.packing.trees import Tree
 from megatron_dgrpo.parallel.groups import Groups
 from megatron_dgrpo.rollout.client import EngineClient
 from megatron_dgrpo.rollout.codec import decode, encode
@@ -65,8 +70,38 @@ class Run:
 
     @property
     def sequence_multiple(self) -> int:
-        """Tokens of a micro-batch come in multiples of this."""
+        """Tokens of a micro-batch on one rank come in multiples of this."""
         return self.groups.grid.tp if self.model.layout.sequence_parallel else 1
+
+    def fitting(self, trajectories: Sequence[Trajectory], stage: Stage, facts: dict[str, float]) -> list[Trajectory]:
+        """Without those that are too long, where the stage drops them; `facts` says how many there were."""
+        spec, multiple = self.student.decoder.spec, self.sequence_multiple
+        limits = Limits(
+            room=stage.micro_batch_tokens // multiple * multiple,
+            room_setting=f"micro_batch_tokens={stage.micro_batch_tokens}",
+            max_positions=spec.max_positions,
+            vocab_size=spec.vocab_size,
+        )
+        found = keep_fitting(trajectories, limits, stage.on_overlong)
+        if stage.on_overlong == "drop":
+            facts["dropped"] = float(len(found.dropped))
+        if found.dropped:
+            self.note(listing(f"{len(found.dropped)} sequences are too long and were dropped:", found.dropped))
+        return found.trajectories
+
+    def pack(self, trees: Sequence[Tree], stage: Stage) -> list[Layout]:
+        """This rank's micro-batches."""
+        grid = self.groups.grid
+        return micro_batches(
+            trees,
+            max_tokens=stage.micro_batch_tokens,
+            rank=grid.coordinate("dp"),
+            size=grid.dp,
+            cp_rank=grid.coordinate("cp"),
+            cp=grid.cp,
+            multiple_of=self.sequence_multiple,
+            cost=training_cost(self.student.decoder.spec),
+        )
 
     def load_teacher(self) -> FrozenTeacher:
         """The teacher, loaded when the first stage asks for it."""

@@ -50,7 +50,7 @@ def main(*, config_path: str, engines: Mapping[str, str], key: str, shm_prefix: 
 
 def _build(config: Config, store: dist.Store, engines: Mapping[str, str], key: str, shm_prefix: str) -> Run:
     layout, model = config.models[config.student].layout, config.models[config.student]
-    groups = Groups(tp=layout.tp, dp=layout.dp, timeout_s=config.collective_timeout_s)
+    groups = Groups(tp=layout.tp, cp=layout.cp, dp=layout.dp, timeout_s=config.collective_timeout_s)
     groups.seed(config.seed)
     torch.manual_seed(config.seed)
     first = dist.get_rank() == 0

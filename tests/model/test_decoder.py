@@ -33,7 +33,8 @@ def _logits_and_gradients(rank: int, world: int, folder: str, tp: int, sp: bool,
         gather_from_sequence_parallel_region,
     )
 
-    from megatron_dgrpo.packing.pack import pack, sequence, share
+    from megatron_dgrpo.packing.pack import micro_batches
+    from megatron_dgrpo.packing.trees import sequence
     from megatron_dgrpo.parallel.groups import Groups
     from megatron_dgrpo.train.student import load_student
 
@@ -41,15 +42,15 @@ def _logits_and_gradients(rank: int, world: int, folder: str, tp: int, sp: bool,
     groups.seed(0)
     student = load_student(folder, groups=groups, dtype=dtype, sequence_parallel=sp)
     sequences = [sequence(str(i), tokens, np.arange(len(tokens)) > 0, i) for i, tokens in enumerate(_tokens())]
-    mine = share(sequences, groups.grid.coordinate("dp"), groups.grid.dp)
+    place = groups.grid.coordinate
     student.zero_grad()
     head, found = student.decoder.head(), {}
-    for layout in pack(mine, max_tokens=24, multiple_of=4):
+    for layout in micro_batches(sequences, max_tokens=24, rank=place("dp"), size=groups.grid.dp, multiple_of=4):
         hidden = student.wrapped(layout)
         gather = gather_from_sequence_parallel_region if sp else copy_to_tensor_model_parallel_region
         logits = gather(hidden, group=groups.tp)[:, 0] @ head.weight_VH[: head.num_valid].T
         loss = logits.sum() * 0
-        for document in layout.documents[: len(layout.documents) - bool(layout.num_padding)]:
+        for document in (tree.trunk for tree in layout.trees):
             upstream = _upstream(document.length, student.decoder.spec.vocab_size, dtype)
             part = logits[document.start : document.start + document.length]
             loss = loss + (part * upstream[:, head.start : head.start + head.num_valid]).sum()
