@@ -189,7 +189,8 @@ def _lengths(config: Config) -> Iterator[str]:
             yield (
                 f"{path}.micro_batch_tokens: {section.micro_batch_tokens} cannot hold the longest sequence that the "
                 f"engine may return; set {path}.micro_batch_tokens={engine.max_model_len} or more, or "
-                f"engines.{section.engine}.max_model_len={section.micro_batch_tokens} or less, or {path}.on_overlong=drop"
+                f"engines.{section.engine}.max_model_len={section.micro_batch_tokens} or less, "
+                f"or {path}.on_overlong=drop"
             )
 
 

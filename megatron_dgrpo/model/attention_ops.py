@@ -7,8 +7,8 @@ Backward forms p = exp(scale q.k - lse) and ds = p (dp - grad.out) per pair. Wit
 query sees in place of the block's own, p is the true probability of each pair, so that blocks can be handed back one
 by one and their gradients added up.
 
-Three backends: torch's flash operator for CPU (every floating type), torch's flash operator for CUDA (bfloat16, float16,
-heads up to 256 wide), and plain products over blocks of queries for whatever those two don't take.
+Three backends: torch's flash operator for CPU (every floating type), torch's flash operator for CUDA (bfloat16,
+float16, heads up to 256 wide), and plain products over blocks of queries for whatever those two don't take.
 
 Legend: B parts that see nothing of each other, N query heads, K key-value heads (N is a multiple of K; no head is
 repeated), Q queries, T keys, D head dimension. Nothing may be empty: the flash operator for CPU dies of it.

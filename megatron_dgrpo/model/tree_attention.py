@@ -150,7 +150,8 @@ def _travelling(
         both_CWKE, work = coming
         work.wait()
         coming = _send(k, v, pieces[number + 1], group) if number + 1 < len(pieces) else None
-        yield (piece, *both_CWKE.chunk(2, -1))
+        k_CWKD, v_CWKD = both_CWKE.chunk(2, -1)
+        yield piece, k_CWKD, v_CWKD
 
 
 def _send(k: Tensor, v: Tensor, piece: Piece, group: dist.ProcessGroup | None) -> tuple[Tensor, dist.Work]:

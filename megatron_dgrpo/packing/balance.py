@@ -1,9 +1,9 @@
 """Trees to micro-batches, and micro-batches to data-parallel ranks.
 
-Micro-batches are bounded by tokens, but ranks wait for each other's FLOPs, and attention makes the one no measure of the
-other. So: best fit, longest first, makes few and full micro-batches; the costliest go first to the rank with the least
-to do; then single trees and pairs of trees change places between the rank with the most to do and the others as long as
-that lowers the most. Everything is deterministic: each rank finds the same result for the whole batch.
+Micro-batches are bounded by tokens, but ranks wait for each other's FLOPs, and attention makes the one no measure of
+the other. So: best fit, longest first, makes few and full micro-batches; the costliest go first to the rank with the
+least to do; then single trees and pairs of trees change places between the rank with the most to do and the others, as
+long as that lowers the most. Everything is deterministic: each rank finds the same result for the whole batch.
 """
 
 from __future__ import annotations

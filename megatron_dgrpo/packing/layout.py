@@ -11,8 +11,8 @@ There is no label shift anywhere. A loss row says: the hidden state at `row_hidd
 `row_stream_R[i]` of the streams. The last token of a trunk predicts the first token of *every* branch, so several rows
 may share a hidden state.
 
-Attention is told by `attention` which tokens see each other, and rotary embeddings by `positions_S` where a token stands
-in its sequence, so tokens may lie in any order on any rank of a context-parallel group.
+Attention is told by `attention` which tokens see each other, and rotary embeddings by `positions_S` where a token
+stands in its sequence, so tokens may lie in any order on any rank of a context-parallel group.
 """
 
 from __future__ import annotations

@@ -33,8 +33,8 @@ def micro_batches(
 
     A micro-batch has at most `max_tokens` tokens on all of its context-parallel ranks together, and each of them pads
     what it holds to a multiple of `multiple_of`. All data-parallel ranks have as many micro-batches, and a multiple of
-    `rounds_of`: experts are shared by data-parallel ranks, which therefore meet in every layer of every micro-batch, and
-    virtual pipeline stages take micro-batches in rounds. What a rank lacks is made up for by padding.
+    `rounds_of`: experts are shared by data-parallel ranks, which therefore meet in every layer of every micro-batch,
+    and virtual pipeline stages take micro-batches in rounds. What a rank lacks is made up for by padding.
     """
     room = max_tokens // multiple_of * multiple_of
     fitting = cut_to_fit(trees, room, setting=f"micro_batch_tokens={max_tokens}")

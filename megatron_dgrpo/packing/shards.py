@@ -1,10 +1,10 @@
 """Which context-parallel rank holds which tokens of a micro-batch.
 
-A trunk is cut into 2 cp chunks, and rank r holds chunks r and 2 cp - 1 - r ("zig-zag"): under causal attention the one is
-as much cheaper as the other is dearer. Branches follow each other on a line that is cut where a rank has its share of
-the cost, so that few branches are in two parts and any number of branches serves any number of ranks. Other ranks see
-the keys of trunks and of all parts of a branch but its last. These are *shared*, and every rank holds its shared tokens
-first, so that what it sends lies side by side.
+A trunk is cut into 2 cp chunks, and rank r holds chunks r and 2 cp - 1 - r ("zig-zag"): under causal attention the one
+is as much cheaper as the other is dearer. Branches follow each other on a line that is cut where a rank has its share
+of the cost, so that few branches are in two parts and any number of branches serves any number of ranks. Other ranks
+see the keys of trunks and of all parts of a branch but its last. These are *shared*, and every rank holds its shared
+tokens first, so that what it sends lies side by side.
 """
 
 from __future__ import annotations
