@@ -3,7 +3,8 @@
 Micro-batches are bounded by tokens, but ranks wait for each other's FLOPs, and attention makes the one no measure of
 the other. So: best fit, longest first, makes few and full micro-batches; the costliest go first to the rank with the
 least to do; then single trees and pairs of trees change places between the rank with the most to do and the others, as
-long as that lowers the most. Everything is deterministic: each rank finds the same result for the whole batch.
+long as that lowers the most; where all are full, the rank with the least gets one more. Everything is deterministic:
+each rank finds the same result for the whole batch.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ _ROUNDS = 2000
 """At most so many exchanges; each lowers the greatest load, and tens are usual."""
 _GOOD_ENOUGH = 1e-3
 """Of the mean load."""
+_TOLERABLE = 0.03
+"""Of the mean load. A load above it is worth a micro-batch that is not full: ranks wait for FLOPs, not for tokens."""
 _CANDIDATES = 48
 """Trees of a micro-batch that are tried, evenly spaced by cost where it has more."""
 
@@ -102,7 +105,13 @@ def _improve(
             if found:
                 break
         if not found:
-            return
+            lightest = loads.index(min(loads))
+            if loads[heaviest] * len(loads) <= sum(loads) * (1 + _TOLERABLE) or not all(
+                b.trees for b in ranks[lightest]
+            ):
+                return
+            ranks[lightest].append(MicroBatch())  # room for what fits nowhere else
+            continue
         giver, given, taker, taken = found
         _take(giver, given, tokens)
         _put(taker, given, tokens)

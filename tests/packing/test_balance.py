@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from megatron_dgrpo.model.flops import forward_cost, training_cost
@@ -9,6 +10,7 @@ from megatron_dgrpo.packing.balance import balance
 from megatron_dgrpo.packing.cost import Cost
 from megatron_dgrpo.packing.layout import Span, TreeSpans
 from megatron_dgrpo.packing.shards import TRUNK, deal, spans_of
+from megatron_dgrpo.packing.trees import Run, Tree
 from megatron_dgrpo.testing.long_context import BUDGET, QWEN3_8B, long_context_trees
 
 COST = training_cost(QWEN3_8B)
@@ -18,7 +20,7 @@ def _pairs(length: int, seen: int) -> int:
     return sum(seen + i + 1 for i in range(length))
 
 
-def test_a_prompt_of_100k_is_worth_seven_times_less_work_in_an_8b_model() -> None:
+def test_costs_are_flops_counted_pair_by_pair() -> None:
     (tree,) = long_context_trees(1, 0)
     cost, spec = forward_cost(QWEN3_8B), QWEN3_8B
     prompt, responses = len(tree.trunk), [len(branch) for branch in tree.branches]
@@ -32,6 +34,13 @@ def test_a_prompt_of_100k_is_worth_seven_times_less_work_in_an_8b_model() -> Non
         for n in responses
     )
     assert cost.of_copies(tree) == pytest.approx(alone, rel=1e-12)
+
+
+def test_a_shared_prompt_is_worth_seven_times_less_work_at_100k_and_six_at_32k() -> None:
+    run = lambda n: Run("x", np.zeros(n, np.int64), np.zeros(0, np.int64), 0)  # noqa: E731
+    for length, least in ((100_000, 7.0), (32_000, 6.0)):
+        tree = Tree(run(length), tuple(run(1000) for _ in range(8)))
+        assert least - 0.3 <= COST.of_copies(tree) / COST.of(tree) <= 8
 
 
 @pytest.mark.parametrize("seed", range(2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -115,6 +116,17 @@ def test_a_group_that_is_too_large_becomes_several_trees() -> None:
 def test_a_prompt_is_shared_only_where_its_tokens_are_the_same() -> None:
     found = trees([trajectory("a", 0, [1, 2], ([3], True)), trajectory("a", 1, [1, 9], ([3], True))])
     assert [len(tree.branches) for tree in found] == [1, 1]
+
+
+def test_a_teacher_with_a_prompt_of_its_own_has_the_same_stream_indices_and_targets() -> None:
+    student = groups(4)
+    teacher = [replace(t, prompt_tokens=np.append(t.prompt_tokens, [3, 1, 4]).astype(np.int32)) for t in student]
+    rows = []
+    for trajectories in (student, teacher):
+        layouts = micro_batches(trees(trajectories), max_tokens=80)
+        pairs = [zip(layout.row_stream_R, layout.row_target_R, strict=True) for layout in layouts]
+        rows.append(sorted((int(stream), int(target)) for pair in pairs for stream, target in pair))
+    assert rows[0] == rows[1]
 
 
 def test_a_rank_without_trees_gets_a_micro_batch_without_rows() -> None:
