@@ -11,7 +11,7 @@ from megatron_dgrpo.algorithms.build import dgrpo_loss, dgrpo_streams
 from megatron_dgrpo.config.schema import DGRPO
 from megatron_dgrpo.data.dataset import PromptSource
 from megatron_dgrpo.observe.timers import Phases
-from megatron_dgrpo.packing.trajectory import Trajectory
+from megatron_dgrpo.packing.trajectory import Trajectory, by_prompts
 from megatron_dgrpo.packing.trees import trees
 from megatron_dgrpo.train.collect import collect, totals
 from megatron_dgrpo.train.evaluation import evaluate
@@ -41,7 +41,7 @@ def run_dgrpo(run: Run, stage: DGRPO, number: int) -> None:
         facts = _facts(trajectories, totals(trajectories, stage.rewards))
         with phases("pack"):
             trajectories = run.fitting(trajectories, stage, facts)
-            shares = _by_prompts(trajectories, stage)
+            shares = by_prompts(trajectories, stage.updates_per_batch)
             work = [_work(run, stage, members, facts) for members in shares]
         with phases("teach"):
             work = [_teach(run, stage, item) for item in work]
@@ -54,16 +54,6 @@ def run_dgrpo(run: Run, stage: DGRPO, number: int) -> None:
                 last = update == len(work)
                 run.report(number, step, facts | metrics, update=update, phases=phases if last else None)
         evaluate(run, number, step)
-
-
-def _by_prompts(trajectories: Sequence[Trajectory], stage: DGRPO) -> list[list[Trajectory]]:
-    """The trajectories of each update: whole groups, in equal numbers (one less where some were dropped)."""
-    groups: dict[str, list[Trajectory]] = {}
-    for trajectory in trajectories:
-        groups.setdefault(trajectory.prompt_id, []).append(trajectory)
-    shares = np.array_split(np.arange(len(groups)), min(len(groups), stage.updates_per_batch))
-    members = list(groups.values())
-    return [[trajectory for group in share for trajectory in members[group]] for share in shares]
 
 
 def _work(run: Run, stage: DGRPO, trajectories: Sequence[Trajectory], facts: dict[str, float]) -> Work:

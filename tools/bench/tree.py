@@ -35,7 +35,7 @@ TINY = {"vocab_size": 128, "hidden": 64, "layers": 2, "heads": 2, "kv_heads": 2,
 
 def group(prompt: int, response: int, size: int, vocab: int) -> list[Trajectory]:
     draw = np.random.default_rng(0)
-    ids = lambda n: draw.integers(0, vocab, n)  # noqa: E731
+    ids = lambda n: np.asarray(draw.integers(0, vocab, n))  # noqa: E731
     tokens = ids(prompt)
     return [
         Trajectory("prompt", i, tokens, (Segment(ids(response), True, np.full(response, -3.0)),), "stop")
@@ -170,6 +170,7 @@ def _memory(rank: int, world: int, folder: str, prompt: int, response: int, size
     step = Step(folder, tp=tp, cp=cp)
     work = step.prepare(group(prompt, response, size, 128), shared=True, max_tokens=prompt + size * response)
     sent, largest = 0, 0
+    collectives: Any = dist
     gather, scatter = dist.all_gather_into_tensor, dist.reduce_scatter_tensor
 
     def gathering(out: Any, own: Any, group: Any, async_op: bool = False) -> Any:
@@ -185,11 +186,11 @@ def _memory(rank: int, world: int, folder: str, prompt: int, response: int, size
 
     work = step.taught(work)
     before = _peak(reset=True)
-    dist.all_gather_into_tensor, dist.reduce_scatter_tensor = gathering, scattering
+    collectives.all_gather_into_tensor, collectives.reduce_scatter_tensor = gathering, scattering
     try:
         seconds = _seconds(lambda: compute_gradients(step.student, work))
     finally:
-        dist.all_gather_into_tensor, dist.reduce_scatter_tensor = gather, scatter
+        collectives.all_gather_into_tensor, collectives.reduce_scatter_tensor = gather, scatter
     spec = step.student.decoder.spec
     shared = -(-prompt // cp) if cp > 1 else 0
     formula = 3 * spec.num_layers * (cp - 1) * shared * 2 * spec.num_kv_heads // tp * spec.head_dim * 4
