@@ -21,17 +21,10 @@ def train(config: Config) -> int:
     resolved.write_text(dump(config), encoding="utf-8")
     with Supervisor(run_dir) as supervisor:
         names = used_engines(config)
-        supervisor.prepare("trainer", *(["engine"] if names else []))
-        addresses = {}
-        for name in names:
-            addresses[name] = f"unix:{supervisor.private_dir / f'{name}.sock'}"
-            engine = config.engines[name]
-            supervisor.start_engine(
-                f"engine-{name}",
-                "megatron_dgrpo.rollout.host:serve",
-                _engine_args(engine, config.models[engine.model], addresses[name], supervisor.key),
-                threads=engine.threads,
-            )
+        supervisor.prepare("trainer")
+        if names:
+            supervisor.prepare("engine")  # its imports take longest: they go on while the ranks start
+        addresses = {name: f"unix:{supervisor.private_dir / f'{name}.sock'}" for name in names}
         supervisor.start_ranks(
             "megatron_dgrpo.train.worker:main",
             {
@@ -43,6 +36,14 @@ def train(config: Config) -> int:
             world_size=config.models[config.student].layout.world_size,
             threads=config.threads_per_rank,
         )
+        for name in names:
+            engine = config.engines[name]
+            supervisor.start_engine(
+                f"engine-{name}",
+                "megatron_dgrpo.rollout.host:serve",
+                _engine_args(engine, config.models[engine.model], addresses[name], supervisor.key),
+                threads=engine.threads,
+            )
         supervisor.watch()
     return 0
 

@@ -99,6 +99,14 @@ class Decoder(torch.nn.Module):
             for number in range(config.virtual_pipeline_model_parallel_size or 1)
         )
 
+    def sharded_state_dict(self, **kwargs: Any) -> dict[str, Any]:
+        """Megatron's, under the names that `load_state_dict` takes; in the checkpoint no name tells of parts."""
+        return {
+            f"parts.{number}.{name}": tensor
+            for number, part in enumerate(self.parts)
+            for name, tensor in part.sharded_state_dict(**kwargs).items()
+        }
+
     def head(self) -> HeadShard:
         """This rank's shard of the output head, for the heads to multiply with. The last stage has it."""
         assert self.groups.grid.last_stage

@@ -7,7 +7,7 @@ complains when replicas differ or a part is missing.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,7 @@ class Piece(NamedTuple):
     tensor: torch.Tensor
 
 
-def gather_data_parallel_gradients(wrapped: Iterable[torch.nn.Module]) -> None:
+def gather_data_parallel_gradients(wrapped: Iterable[Any]) -> None:
     """Make every data-parallel rank's gradient buffers whole: the distributed optimizer leaves each only its shard."""
     for part in wrapped:
         for buffer in (*part.buffers, *part.expert_parallel_buffers):
@@ -30,7 +30,7 @@ def gather_data_parallel_gradients(wrapped: Iterable[torch.nn.Module]) -> None:
                 dist.all_gather(shards, shards[group.rank()].clone(), group=group)
 
 
-def pieces(decoder: torch.nn.Module, attribute: str) -> list[Piece]:
+def pieces(decoder: Any, attribute: str) -> list[Piece]:
     """This rank's parts of every parameter's `main_grad` or `data`."""
     from megatron_dgrpo.checkpoint.hf.importer import box_of
     from megatron_dgrpo.checkpoint.hf.mapping import rules

@@ -10,11 +10,11 @@ import numpy as np
 from megatron_dgrpo.algorithms.build import dgrpo_loss, dgrpo_streams
 from megatron_dgrpo.config.schema import DGRPO
 from megatron_dgrpo.data.dataset import PromptSource
-from megatron_dgrpo.evaluate.heldout import evaluate
 from megatron_dgrpo.observe.timers import Phases
 from megatron_dgrpo.packing.pack import from_trajectories, pack, share
 from megatron_dgrpo.packing.trajectory import Trajectory
 from megatron_dgrpo.train.collect import collect, totals
+from megatron_dgrpo.train.evaluation import evaluate
 from megatron_dgrpo.train.run import Run
 from megatron_dgrpo.train.update import Work, compute_gradients, old_logprobs
 

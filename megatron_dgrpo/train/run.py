@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ import torch.distributed as dist
 
 from megatron_dgrpo.checkpoint.hf.exporter import export_folder, export_shards, manifest
 from megatron_dgrpo.config.schema import Config, Model
+from megatron_dgrpo.data.dataset import PromptRow, read_rows
 from megatron_dgrpo.data.tokenizer import Tokenizer
 from megatron_dgrpo.errors import RolloutError
 from megatron_dgrpo.observe.records import Records
@@ -54,6 +56,12 @@ class Run:
     @property
     def model(self) -> Model:
         return self.config.models[self.config.student]
+
+    @cached_property
+    def heldout(self) -> list[PromptRow]:
+        """The evaluation's prompts."""
+        settings = self.config.evaluation
+        return read_rows(settings.data)[: settings.num_prompts] if settings else []
 
     @property
     def sequence_multiple(self) -> int:
@@ -95,19 +103,21 @@ class Run:
 
     def share_trajectories(self, mine: Sequence[Trajectory] | None, deadline_s: float) -> list[Trajectory]:
         """Rank 0's trajectories on every rank. The others wait in the store for at most the deadline."""
-        key = f"trajectories/{self._published}"
+        key, num_readers = f"trajectories/{self._published}", dist.get_world_size() - 1
         self._published += 1
         if self.rank == 0:
             assert mine is not None
-            if dist.get_world_size() > 1:
-                self.store.set(key, encode(TrajectoryBatch(tuple(mine))))
-                self.store.delete_key(f"trajectories/{self._published - 3}")  # every rank has long read that one
+            if num_readers:
+                self.store.set(key, encode(TrajectoryBatch(tuple(mine))))  # type: ignore[arg-type] # its stub says text
             return list(mine)
         try:
             self.store.wait([key], timedelta(seconds=deadline_s))
         except dist.DistError as error:
             raise RolloutError(f"rank {self.rank} waited {deadline_s:g} s for rank 0's rollouts: {error}") from error
         batch = decode(self.store.get(key))
+        if self.store.add(f"{key}/read", 1) == num_readers:  # the last one clears up
+            self.store.delete_key(key)
+            self.store.delete_key(f"{key}/read")
         assert isinstance(batch, TrajectoryBatch)
         return list(batch.trajectories)
 

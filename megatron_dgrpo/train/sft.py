@@ -6,9 +6,9 @@ from megatron_dgrpo.algorithms.build import sft_loss, sft_streams
 from megatron_dgrpo.config.schema import SFT
 from megatron_dgrpo.data.dataset import PromptSource
 from megatron_dgrpo.data.supervised import example
-from megatron_dgrpo.evaluate.heldout import evaluate
 from megatron_dgrpo.observe.timers import Phases
 from megatron_dgrpo.packing.pack import from_trajectories, pack, share
+from megatron_dgrpo.train.evaluation import evaluate
 from megatron_dgrpo.train.run import Run
 from megatron_dgrpo.train.update import Work, compute_gradients
 

@@ -59,6 +59,11 @@ class Student:
         )
         self._settings, self._updates = settings, 0
 
+    @property
+    def optimizer(self) -> MegatronOptimizer:
+        assert self._optimizer is not None, "start_optimizer comes first"
+        return self._optimizer
+
     def zero_grad(self) -> None:
         for part in self.wrapped:
             part.zero_grad_buffer()
@@ -67,18 +72,19 @@ class Student:
 
     def update(self) -> dict[str, float]:
         """One optimizer update from the gradients in the buffers. Nothing is changed when they are not finite."""
-        assert self._optimizer is not None and self._settings is not None
+        assert self._settings is not None
         warm = min(1.0, (self._updates + 1) / self._settings.warmup_steps) if self._settings.warmup_steps else 1.0
-        for group in self._optimizer.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = self._settings.lr * warm
-        self._optimizer.prepare_grads()
-        norm = float(self._optimizer.get_grad_norm())
+            group["weight_decay"] = self._settings.weight_decay * group["wd_mult"]  # 0 for norms and biases
+        self.optimizer.prepare_grads()
+        norm = float(self.optimizer.get_grad_norm())
         if not math.isfinite(norm):
             raise NonFiniteError(
                 f"the gradient's norm is {norm} at update {self._updates + 1} of this stage; no weight was changed. "
                 "Lower the learning rate, or look for the sample in the rollouts of this step"
             )
-        self._optimizer.step()
+        self.optimizer.step()
         self._updates += 1
         return {"grad_norm": norm, "lr": self._settings.lr * warm}
 

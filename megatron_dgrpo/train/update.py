@@ -104,6 +104,7 @@ def _statistics(
         teacher_hidden_TH=teacher_RH,
         teacher_head=work.teacher_head if teacher_RH is not None else None,
         want=want,
+        nonfinite="keep",  # counted, reduced over all ranks, and refused by all of them together
     )
     wide = torch.promote_types(hidden.dtype, torch.float32)
     return statistics, work.streams.select(stream_R).to(where, wide)

@@ -17,6 +17,7 @@ from megatron_dgrpo.observe.records import Records
 from megatron_dgrpo.parallel import platform
 from megatron_dgrpo.parallel.groups import Groups
 from megatron_dgrpo.rollout.client import EngineClient
+from megatron_dgrpo.train.checks import check_data
 from megatron_dgrpo.train.dgrpo import run_dgrpo
 from megatron_dgrpo.train.run import Run, load_run_student
 from megatron_dgrpo.train.sft import run_sft
@@ -29,6 +30,8 @@ def main(*, config_path: str, engines: Mapping[str, str], key: str, shm_prefix: 
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     store = join_world(backend=platform.backend(), timeout_s=config.collective_timeout_s)
+    if dist.get_rank() == 0:
+        check_data(config)
     run = _build(config, store, engines, key, shm_prefix)
     for number, stage in enumerate(config.stages):
         match stage:

@@ -32,7 +32,8 @@ class TensorHeader:
 
 def read_headers(folder: str | Path) -> dict[str, TensorHeader]:
     """Every tensor of a folder by its name. What can't be read is listed in one error."""
-    folder, found, problems = Path(folder), {}, []
+    folder, problems = Path(folder), []
+    found: dict[str, TensorHeader] = {}
     for path in (folder / name for name in _file_names(folder)):
         try:
             for name, entry in _entries(path).items():
