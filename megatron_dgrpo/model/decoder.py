@@ -112,8 +112,7 @@ class Decoder(torch.nn.Module):
         assert self.groups.grid.last_stage
         last = self.parts[-1]
         weight = last.shared_embedding_or_output_weight() if self.spec.tied else last.output_layer.weight
-        start = self.groups.grid.coordinate("tp") * weight.shape[0]
-        return HeadShard(weight, start, max(0, min(weight.shape[0], self.spec.vocab_size - start)))
+        return HeadShard(weight, *self.spec.vocabulary_shard(self.groups.grid.coordinate("tp"), self.groups.grid.tp))
 
 
 def build_decoder(spec: ModelSpec, *, groups: Groups, options: BuildOptions) -> Decoder:

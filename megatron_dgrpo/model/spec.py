@@ -67,3 +67,8 @@ class ModelSpec:
     def padded_vocab_size(self, tp: int) -> int:
         """Rows of the embedding so that every tensor-parallel rank has as many."""
         return -(-self.vocab_size // tp) * tp
+
+    def vocabulary_shard(self, rank: int, tp: int) -> tuple[int, int]:
+        """First id of a tensor-parallel rank's rows, and how many of them are ids; the rest is padding."""
+        length = self.padded_vocab_size(tp) // tp
+        return rank * length, max(0, min(length, self.vocab_size - rank * length))
