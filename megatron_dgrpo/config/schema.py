@@ -131,6 +131,13 @@ class Teacher(Frozen):
 
     model: str
     """Name of the model."""
+    ranks: Literal["shared", "own"] = "shared"
+    """Run on the student's ranks (and further ones, where its layout is larger), or on ranks of its own after them."""
+    weights_in: Literal["device", "host"] = "device"
+    """Where its layers rest between uses: on the device, or in pinned host memory."""
+    rows_in: Literal["device", "host"] = "device"
+    """Where what it says of a batch waits for the student: on the device, or spread over the host memory of the
+    student's tensor-parallel ranks."""
 
 
 class Adam(Frozen):
@@ -259,3 +266,10 @@ class Config(Frozen):
     evaluation: Evaluation | None = None
     stages: Annotated[tuple[Annotated[SFT | DGRPO, Field(discriminator="kind")], ...], Field(min_length=1)]
     """Run in order, each from the previous one's weights."""
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks of the student, and those of teachers that are not among them."""
+        own = self.models[self.student].layout.world_size
+        sizes = [(teacher, self.models[teacher.model].layout.world_size) for teacher in self.teachers]
+        return max([own, *(size + (own if teacher.ranks == "own" else 0) for teacher, size in sizes)])

@@ -14,8 +14,12 @@ _FP8_UNIT: dict[FP8, int] = {"tensorwise": 16, "blockwise": 128, "mxfp8": 32}
 
 def layout_problems(spec: ModelSpec, layout: Layout) -> list[str]:
     """Every reason for which this model can't have this layout, each with its remedy."""
-    problems = general_problems(layout)
+    problems = []
     tp, experts = layout.tp, spec.num_experts
+    if layout.sequence_parallel and tp == 1:
+        problems.append("sequence_parallel needs tensor parallelism: set tp=2 or more, or sequence_parallel=false")
+    if layout.vpp > 1 and layout.pp == 1:
+        problems.append(f"vpp={layout.vpp} cuts a pipeline's stages, and pp=1 has none: set pp=2 or more, or vpp=1")
     if spec.num_heads % tp:
         problems.append(f"tp={tp} does not divide the {spec.num_heads} attention heads: choose a divisor of them")
     if max(spec.num_kv_heads, tp) % min(spec.num_kv_heads, tp):
@@ -39,21 +43,6 @@ def layout_problems(spec: ModelSpec, layout: Layout) -> list[str]:
         problems.append(f"ep={layout.ep} does not divide the {experts} experts: choose a divisor of them")
     if experts and tp > 1 and not layout.sequence_parallel:
         problems.append(f"experts with tp={tp} need the tokens cut between the ranks: set sequence_parallel=true")
-    return problems
-
-
-def general_problems(layout: Layout) -> list[str]:
-    """Those that hold for any model."""
-    problems = []
-    if layout.sequence_parallel and layout.tp == 1:
-        problems.append("sequence_parallel needs tensor parallelism: set tp=2 or more, or sequence_parallel=false")
-    if layout.vpp > 1 and layout.pp == 1:
-        problems.append(f"vpp={layout.vpp} cuts a pipeline's stages, and pp=1 has none: set pp=2 or more, or vpp=1")
-    if layout.tp * layout.dp % (layout.etp * layout.ep):
-        problems.append(
-            f"etp={layout.etp} x ep={layout.ep} does not divide tp={layout.tp} x dp={layout.dp}, the ranks of a stage: "
-            "choose a divisor, or raise dp"
-        )
     return problems
 
 
