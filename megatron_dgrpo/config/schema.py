@@ -122,7 +122,7 @@ class Engine(Frozen):
     """How long the host may take to be ready."""
     request_timeout_s: PositiveFloat = 1800.0
     """How long a batch of requests may take."""
-    bucket_bytes: PositiveInt = 2**28
+    bucket_bytes: PositiveInt = 2**26
     """Weights arrive in buckets of this size (or of one tensor, where that is larger); two are in flight."""
 
 
@@ -170,7 +170,8 @@ class Sampling(Frozen):
 
     max_tokens: PositiveInt
     """Longest response, the end-of-sequence token included."""
-    temperature: PositiveFloat = 1.0
+    temperature: Annotated[float, Field(ge=0.01, le=2.0)] = 1.0
+    """0.01 to 2, which is vLLM's range."""
 
 
 class Reward(Frozen):

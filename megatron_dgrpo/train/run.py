@@ -115,7 +115,7 @@ class Run:
             export_shards(self.student.decoder, dtype),
             manifest(self.student.decoder.spec, dtype),
             version=self.version,
-            store=dist.PrefixStore(f"weights/{engine}/{self.version}", self.store),
+            store=dist.PrefixStore(f"weights/{engine}", self.store),
             rank=self.rank,
             num_ranks=self.groups.grid.size,
             clients=(self.clients[engine],) if self.rank == 0 else (),
