@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dgrpo.config.explain import nearest
+from megatron_dgrpo.config.objective import problems as objective_problems
 from megatron_dgrpo.config.schema import DGRPO, Config, Evaluation
 from megatron_dgrpo.errors import ConfigError, listing
 
@@ -31,7 +32,7 @@ def check_files(config: Config) -> None:
 def problems(config: Config) -> list[str]:
     """What is contradictory; touches nothing outside the config."""
     rules: tuple[Callable[[Config], Iterator[str]], ...] = (
-        _numbers, _model_names, _layouts, _teachers, _engines, _batches, _lengths,
+        _numbers, _model_names, _layouts, _teachers, _engines, _objectives, _batches, _lengths,
     )  # fmt: skip
     return [problem for rule in rules for problem in rule(config)]
 
@@ -122,7 +123,7 @@ def _teachers(config: Config) -> Iterator[str]:
     names = [teacher.model for teacher in config.teachers]
     for name in dict.fromkeys(name for name in names if names.count(name) > 1):
         yield f"teachers: {name!r} is listed {names.count(name)} times; list it once"
-    taught = [path for path, stage in dgrpo_stages(config) if stage.objective.beta > 0]
+    taught = [path for path, stage in dgrpo_stages(config) if stage.objective.uses_teacher]
     for path in taught:
         if not names:
             yield (
@@ -135,11 +136,16 @@ def _teachers(config: Config) -> Iterator[str]:
         why = "every dgrpo stage has objective.beta 0" if dgrpo_stages(config) else "there is no dgrpo stage"
         yield f"teachers: listed, but no stage uses one ({why}); set teachers=[] or an objective.beta above 0"
     for path, stage in dgrpo_stages(config):
-        if stage.objective.beta == 0 and not any(reward.weight for reward in stage.rewards):
+        if not stage.objective.uses_teacher and not any(reward.weight for reward in stage.rewards):
             yield (
                 f"{path}: all rewards have weight 0 and objective.beta is 0, so that nothing is learnt; "
                 "give a reward a weight, or beta a value above 0"
             )
+
+
+def _objectives(config: Config) -> Iterator[str]:
+    for path, stage in dgrpo_stages(config):
+        yield from (f"{path}.objective.{problem}" for problem in objective_problems(stage.objective))
 
 
 def _engines(config: Config) -> Iterator[str]:

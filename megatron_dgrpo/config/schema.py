@@ -7,12 +7,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-
-class Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
+from megatron_dgrpo.config.frozen import Frozen
+from megatron_dgrpo.config.objective import Objective
 
 DType = Literal["float32", "bfloat16", "float64"]
 
@@ -182,28 +180,6 @@ class Reward(Frozen):
     weight: float = 1.0
 
 
-class Advantages(Frozen):
-    """How a group's rewards become advantages: (reward - mean) / (std + epsilon)."""
-
-    std: Literal["population", "sample"] = "population"
-    """Divide the squared deviations by G (population) or by G - 1 (sample)."""
-    epsilon: NonNegativeFloat = 1e-6
-    """Added to the standard deviation. A group of equal rewards has advantage 0 and keeps its KL."""
-
-
-class Objective(Frozen):
-    """dGRPO: the clipped surrogate minus beta times KL(student || teacher), per token, a mean over each response, then
-    over the group, then over the prompts."""
-
-    clip_low: PositiveFloat = 0.2
-    """The ratio is clipped below 1 - clip_low."""
-    clip_high: PositiveFloat = 0.2
-    """The ratio is clipped above 1 + clip_high."""
-    beta: NonNegativeFloat = 0.5
-    """Weight of the KL to the teacher; 0 is GRPO and needs no teacher."""
-    advantages: Advantages = Advantages()
-
-
 class Evaluation(Frozen):
     """Mean reward on held-out prompts, one response each."""
 
@@ -247,6 +223,11 @@ class DGRPO(Stage):
     sampling: Sampling
     rewards: Annotated[tuple[Reward, ...], Field(min_length=1)]
     objective: Objective = Objective()
+    preflight: bool = True
+    """Before the first update, check on its batch that the teacher's signal arrives and is the right one; the cost is
+    about a forward. A failed check ends the run."""
+    diagnostics_every: NonNegativeInt = 10
+    """Compare the norms and directions of the terms' gradients at the first step and every so many (0: never)."""
 
 
 class Config(Frozen):

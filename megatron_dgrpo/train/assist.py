@@ -27,6 +27,9 @@ def assist(run: Run, stage: SFT | DGRPO, number: int) -> None:
                 step=step,
                 phases=Phases(),
             )
-            for members in by_prompts(trajectories, stage) if stage.objective.beta else ():
+            shares = by_prompts(trajectories, stage) if stage.objective.uses_teacher else []
+            if step == 1 and stage.preflight:
+                shares += shares[:1]  # which the preflight has scored again
+            for members in shares:
                 run.load_teacher().rows(from_trajectories(members), max_tokens=stage.micro_batch_tokens)
         evaluate(run, number, step)

@@ -132,6 +132,20 @@ def test_a_stage_that_learns_nothing() -> None:
     assert len(found) == 1 and "nothing is learnt" in found[0]
 
 
+def test_objectives_that_cannot_be_trained_on() -> None:
+    key = "stages.1.objective"
+    assert only((f"{key}.estimator", "k3")).startswith(f"{key}.estimator: k3 as a loss has the gradient of the forward")
+    assert problems(spoilt((f"{key}.estimator", "k3"), (f"{key}.divergence", "forward_kl"))) == []
+    assert "jsd has no estimator 'k2': it has exact" in only((f"{key}.estimator", "k2"), (f"{key}.divergence", "jsd"))
+    fast = {"kind": "adaptive", "initial": 1e3, "target": 0.1, "rate": 10}
+    found = problems(spoilt((f"{key}.beta", fast)))
+    assert [problem.split(":")[0] for problem in found] == [f"{key}.beta.initial", f"{key}.beta.rate"]
+    assert only((f"{key}.advantages", {"kind": "mean", "std": "sample"})).endswith("not to mean; remove them")
+    never = {"kind": "linear", "start": 0.0, "end": 0.0, "steps": 3}
+    assert "teachers: listed" in only((f"{key}.beta", never))
+    assert problems(spoilt((f"{key}.beta", never | {"end": 0.1}))) == []
+
+
 def test_batches_must_divide() -> None:
     assert only(("stages.1.updates_per_batch", 3)).endswith(
         "set stages.1.updates_per_batch=2 or stages.1.prompts_per_step=9"

@@ -39,7 +39,7 @@ def _responses() -> list[Response]:
 
 def _with_old_logprobs(responses: list[Response], student: object, teacher: object) -> list[Response]:
     """Old log-probs that make the ratios 0.5, 0.9, 1.1, 1.7 in turn: beyond both bounds and inside, for both signs."""
-    live = dgrpo(responses, student, teacher, beta=OBJECTIVE.beta, temperature=TEMPERATURE).logprobs
+    live = dgrpo(responses, student, teacher, beta=OBJECTIVE.beta.value, temperature=TEMPERATURE).logprobs
     staled, turn = [], 0
     for response, logprobs in zip(responses, live, strict=True):
         old, values = [], iter(logprobs)
@@ -170,7 +170,9 @@ def test_loss_and_gradients_equal_the_dense_reference(tmp_path: Path, tied: bool
     reference, teacher = (as_reference(path, torch.float64) for path in (folder, teacher_folder))
     models = [lambda ids, model=model: model(ids[None]).logits[0] for model in (reference, teacher)]
     responses = _with_old_logprobs(_responses(), *models)
-    expected = dgrpo(responses, *models, beta=OBJECTIVE.beta, clip_low=0.2, clip_high=0.28, temperature=TEMPERATURE)
+    expected = dgrpo(
+        responses, *models, beta=OBJECTIVE.beta.value, clip_low=0.2, clip_high=0.28, temperature=TEMPERATURE
+    )
     _assert_the_case_is_hard(responses, expected)
     reference.zero_grad()
     expected.loss.backward()
