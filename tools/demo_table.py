@@ -40,9 +40,8 @@ def main() -> int:
     moves = [abs(after - before) for kind, _, before, after in rows if kind != "dGRPO"]
     mean = sum(gains) / len(gains)
     good = mean >= MEAN_GAIN and min(gains) > LEAST_GAIN and max(moves) <= CONTROL
-    print(
-        f"\nmean gain {mean:+.3f}, least {min(gains):+.3f}; controls move by at most {max(moves):.3f}: {'ok' if good else 'MISSED'}"
-    )
+    verdict = "ok" if good else "MISSED"
+    print(f"\nmean gain {mean:+.3f}, least {min(gains):+.3f}; controls move by at most {max(moves):.3f}: {verdict}")
     return 0 if good else 1
 
 

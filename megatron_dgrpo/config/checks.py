@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dgrpo.config.explain import nearest
+from megatron_dgrpo.config.objective import problems as objective_problems
 from megatron_dgrpo.config.schema import DGRPO, Config, Evaluation
 from megatron_dgrpo.errors import ConfigError, listing
 
@@ -31,7 +32,7 @@ def check_files(config: Config) -> None:
 def problems(config: Config) -> list[str]:
     """What is contradictory; touches nothing outside the config."""
     rules: tuple[Callable[[Config], Iterator[str]], ...] = (
-        _numbers, _model_names, _layouts, _teachers, _engines, _batches, _lengths,
+        _numbers, _model_names, _layouts, _teachers, _engines, _objectives, _batches, _lengths,
     )  # fmt: skip
     return [problem for rule in rules for problem in rule(config)]
 
@@ -94,31 +95,36 @@ def _model_names(config: Config) -> Iterator[str]:
 
 
 def _layouts(config: Config) -> Iterator[str]:
+    """What holds for any model; what a model's own sizes rule out is found when its config.json is read."""
     for name, model in config.models.items():
-        if model.layout.sequence_parallel and model.layout.tp == 1:
+        where, layout = f"models.{name}", model.layout
+        if layout.sequence_parallel and layout.tp == 1:
             yield (
-                f"models.{name}.layout.sequence_parallel: needs tensor parallelism; set models.{name}.layout.tp=2 or "
-                f"more, or models.{name}.layout.sequence_parallel=false"
+                f"{where}.layout.sequence_parallel: needs tensor parallelism; set {where}.layout.tp=2 or "
+                f"more, or {where}.layout.sequence_parallel=false"
             )
-    student = config.models.get(config.student)
-    for name in dict.fromkeys(teacher.model for teacher in config.teachers):
-        teacher = config.models.get(name)
-        if student is None or teacher is None:
-            continue
-        for axis in ("tp", "cp", "dp"):
-            ours, theirs = getattr(student.layout, axis), getattr(teacher.layout, axis)
-            if ours != theirs:
-                yield (
-                    f"models.{name}.layout.{axis}: {theirs}, but a teacher runs in the student's layout; "
-                    f"set models.{name}.layout.{axis}={ours}"
-                )
+        if layout.vpp > 1 and layout.pp == 1:
+            yield (
+                f"{where}.layout.vpp: {layout.vpp} parts of a pipeline stage, and there is no pipeline; set "
+                f"{where}.layout.pp=2 or more, or {where}.layout.vpp=1"
+            )
+        if layout.tp * layout.cp * layout.dp % (layout.etp * layout.ep):
+            yield (
+                f"{where}.layout.ep: etp x ep = {layout.etp * layout.ep} does not divide tp x cp x dp = "
+                f"{layout.tp * layout.cp * layout.dp}, the ranks of a stage; choose a divisor, or raise "
+                f"{where}.layout.dp"
+            )
+        if model.fp8 is not None and model.dtype != "bfloat16":
+            yield f"{where}.fp8: the weights beside FP8 products are bfloat16; set {where}.dtype=bfloat16"
+        if model.fp8 is not None and model.layers == "local":
+            yield f"{where}.fp8: needs Transformer Engine's layers; set {where}.layers=te, or {where}.fp8=null"
 
 
 def _teachers(config: Config) -> Iterator[str]:
     names = [teacher.model for teacher in config.teachers]
     for name in dict.fromkeys(name for name in names if names.count(name) > 1):
         yield f"teachers: {name!r} is listed {names.count(name)} times; list it once"
-    taught = [path for path, stage in dgrpo_stages(config) if stage.objective.beta > 0]
+    taught = [path for path, stage in dgrpo_stages(config) if stage.objective.uses_teacher]
     for path in taught:
         if not names:
             yield (
@@ -131,11 +137,16 @@ def _teachers(config: Config) -> Iterator[str]:
         why = "every dgrpo stage has objective.beta 0" if dgrpo_stages(config) else "there is no dgrpo stage"
         yield f"teachers: listed, but no stage uses one ({why}); set teachers=[] or an objective.beta above 0"
     for path, stage in dgrpo_stages(config):
-        if stage.objective.beta == 0 and not any(reward.weight for reward in stage.rewards):
+        if not stage.objective.uses_teacher and not any(reward.weight for reward in stage.rewards):
             yield (
                 f"{path}: all rewards have weight 0 and objective.beta is 0, so that nothing is learnt; "
                 "give a reward a weight, or beta a value above 0"
             )
+
+
+def _objectives(config: Config) -> Iterator[str]:
+    for path, stage in dgrpo_stages(config):
+        yield from (f"{path}.objective.{problem}" for problem in objective_problems(stage.objective))
 
 
 def _engines(config: Config) -> Iterator[str]:

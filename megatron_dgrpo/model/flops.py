@@ -10,7 +10,7 @@ def forward_cost(spec: ModelSpec) -> Cost:
     """A forward pass: 2 FLOPs a weight and token in linear layers, 4 a pair and element of the query heads."""
     queries, keys = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     attention = 2 * spec.hidden_size * (queries + keys)  # query and output, key and value
-    mlp = 3 * spec.hidden_size * spec.ffn_size
+    mlp = 3 * spec.hidden_size * spec.ffn_size * (spec.experts_per_token or 1) + spec.hidden_size * spec.num_experts
     return Cost(
         token=2.0 * spec.num_layers * (attention + mlp),
         pair=4.0 * spec.num_layers * queries,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -10,47 +11,69 @@ from megatron_dgrpo.packing.balance import balance
 from megatron_dgrpo.packing.cost import Cost
 from megatron_dgrpo.packing.layout import Layout
 from megatron_dgrpo.packing.plan import PIECE_TOKENS, attention_plan
-from megatron_dgrpo.packing.shards import deal, spans_of
+from megatron_dgrpo.packing.shards import Segment, deal, spans_of
 from megatron_dgrpo.packing.trees import Tree, cut_to_fit
 
 PADDING_TOKEN = 0
 
 
-def micro_batches(
-    trees: Sequence[Tree],
-    *,
-    max_tokens: int,
-    rank: int = 0,
-    size: int = 1,
-    cp_rank: int = 0,
-    cp: int = 1,
-    multiple_of: int = 1,
-    rounds_of: int = 1,
-    cost: Cost = Cost(),
-    piece_tokens: int = PIECE_TOKENS,
-) -> list[Layout]:
-    """The micro-batches of one of `size` data-parallel ranks, as one of its `cp` context-parallel ranks holds them.
+@dataclass(frozen=True)
+class Packing:
+    """How the ranks of one model share out a batch. Every rank can say it of any other.
 
     A micro-batch has at most `max_tokens` tokens on all of its context-parallel ranks together, and each of them pads
     what it holds to a multiple of `multiple_of`. All data-parallel ranks have as many micro-batches, and a multiple of
     `rounds_of`: experts are shared by data-parallel ranks, which therefore meet in every layer of every micro-batch,
     and virtual pipeline stages take micro-batches in rounds. What a rank lacks is made up for by padding.
     """
-    room = max_tokens // multiple_of * multiple_of
-    fitting = cut_to_fit(trees, room, setting=f"micro_batch_tokens={max_tokens}")
-    shares = balance(fitting, num_ranks=size, room=room, cost=cost)
-    count = -(-max(1, *(len(share) for share in shares)) // rounds_of) * rounds_of
-    mine = shares[rank] + [[]] * (count - len(shares[rank]))
-    return [_layout(members, cp_rank, cp, multiple_of, cost, piece_tokens) for members in mine]
+
+    max_tokens: int
+    dp: int = 1
+    cp: int = 1
+    multiple_of: int = 1
+    rounds_of: int = 1
+    cost: Cost = Cost()
+    piece_tokens: int = PIECE_TOKENS
+
+    @property
+    def room(self) -> int:
+        return self.max_tokens // self.multiple_of * self.multiple_of
+
+    def micro_batches(self, trees: Sequence[Tree], *, rank: int = 0, cp_rank: int = 0) -> list[Layout]:
+        """Those of one data-parallel rank, as one of its context-parallel ranks holds them."""
+        shares = self._shares(trees)
+        count = -(-max(1, *(len(share) for share in shares)) // self.rounds_of) * self.rounds_of
+        mine = shares[rank] + [[]] * (count - len(shares[rank]))
+        return [_layout(members, cp_rank, self) for members in mine]
+
+    def rows(self, trees: Sequence[Tree]) -> dict[tuple[int, int], np.ndarray]:
+        """Stream indices of the loss rows of each (data-parallel, context-parallel) rank."""
+        found: dict[tuple[int, int], list[np.ndarray]] = {(d, c): [] for d in range(self.dp) for c in range(self.cp)}
+        for rank, share in enumerate(self._shares(trees)):
+            for members in share:
+                _, _, hidden, _, stream = _whole(members)
+                owner = np.empty(sum(tree.num_tokens for tree in members), np.int64)
+                for segment in self.deal(members):
+                    owner[segment.place.slice] = segment.rank
+                for cp_rank in range(self.cp):
+                    found[rank, cp_rank].append(stream[owner[hidden] == cp_rank])
+        return {place: _join(parts) for place, parts in found.items()}
+
+    def deal(self, trees: Sequence[Tree]) -> list[Segment]:
+        """The tokens of one micro-batch to the context-parallel ranks."""
+        return deal(spans_of(trees), cp=self.cp, unit=self.multiple_of, cost=self.cost)
+
+    def _shares(self, trees: Sequence[Tree]) -> list[list[list[Tree]]]:
+        fitting = cut_to_fit(trees, self.room, setting=f"micro_batch_tokens={self.max_tokens}")
+        return balance(fitting, num_ranks=self.dp, room=self.room, cost=self.cost)
 
 
-def _layout(trees: Sequence[Tree], cp_rank: int, cp: int, multiple_of: int, cost: Cost, piece_tokens: int) -> Layout:
+def _layout(trees: Sequence[Tree], cp_rank: int, packing: Packing) -> Layout:
     """One micro-batch as one context-parallel rank holds it. Padding comes last and is seen by nothing."""
-    spans = spans_of(trees)
-    segments = deal(spans, cp=cp, unit=multiple_of, cost=cost)
+    segments, unit = packing.deal(trees), packing.multiple_of
     mine = sorted((s for s in segments if s.rank == cp_rank), key=lambda s: s.local)
     place = _join([np.arange(s.place.start, s.place.stop) for s in mine])
-    padding = -len(place) % multiple_of or (multiple_of if len(place) == 0 else 0)
+    padding = -len(place) % unit or (unit if len(place) == 0 else 0)
     tokens, positions, hidden, target, stream = _whole(trees)
     owned = np.full(len(tokens), -1)  # this rank's index of each token of the micro-batch
     owned[place] = np.arange(len(place))
@@ -60,8 +83,8 @@ def _layout(trees: Sequence[Tree], cp_rank: int, cp: int, multiple_of: int, cost
         tokens_S=pad(tokens[place], PADDING_TOKEN),
         positions_S=pad(positions[place], 0),
         place_S=pad(place, -1),
-        trees=spans,
-        attention=attention_plan(segments, rank=cp_rank, cp=cp, piece_tokens=piece_tokens),
+        trees=spans_of(trees),
+        attention=attention_plan(segments, rank=cp_rank, cp=packing.cp, piece_tokens=packing.piece_tokens),
         num_padding=padding,
         row_hidden_R=owned[hidden[rows]],
         row_target_R=target[rows],

@@ -15,8 +15,9 @@ from megatron_dgrpo.train.update import Work, compute_gradients
 
 def run_sft(run: Run, stage: SFT, number: int) -> None:
     rows = PromptSource(stage.data, seed=run.config.seed + number)
+    student = run.trained
     loss, factors = sft_loss()
-    run.student.start_optimizer(stage.optimizer)
+    student.start_optimizer(stage.optimizer)
     evaluate(run, number, 0)
     for step in range(1, stage.steps + 1):
         phases = Phases()
@@ -25,10 +26,10 @@ def run_sft(run: Run, stage: SFT, number: int) -> None:
             facts: dict[str, float] = {}
             examples = run.fitting(examples, stage, facts)
             batch = sft_streams(examples)
-            layouts = run.pack(documents(examples), stage)
+            layouts = run.micro_batches(documents(examples), stage.micro_batch_tokens)
         with phases("train"):
             work = Work(layouts, batch.streams, loss, factors, temperature=1.0)
-            metrics = compute_gradients(run.student, work) | run.student.update()
+            metrics = compute_gradients(student, work) | student.update()
             run.version += 1
         tokens = float(sum(len(e.prompt_tokens) + e.num_loss_tokens for e in examples))
         run.report(number, step, facts | batch.facts | {"tokens": tokens} | metrics, phases=phases)

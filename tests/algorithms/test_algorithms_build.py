@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from megatron_dgrpo.algorithms.build import dgrpo_loss, dgrpo_streams, sft_loss, sft_streams
-from megatron_dgrpo.config.schema import Advantages, Objective
+from megatron_dgrpo.config.objective import Advantages, Objective
 from megatron_dgrpo.errors import ObjectiveError
 from megatron_dgrpo.packing.trajectory import Segment, Trajectory
 

@@ -9,7 +9,7 @@ import torch
 from megatron_dgrpo.model import attention_ops
 from megatron_dgrpo.model.tree_attention import tree_attention
 from megatron_dgrpo.packing.cost import Cost
-from megatron_dgrpo.packing.pack import micro_batches
+from megatron_dgrpo.packing.pack import Packing
 from megatron_dgrpo.packing.trees import Run, Tree
 from megatron_dgrpo.testing import run_distributed
 from megatron_dgrpo.testing.gradients import relative_error
@@ -61,7 +61,7 @@ def test_output_and_gradients_equal_a_dense_mask(case: str, heads: int, kv: int)
     sizes = CASES[case]
     q, k, v, upstream = _inputs(sizes, heads, kv)
     expected, gradients = _dense(sizes, q, k, v, upstream)
-    (layout,) = micro_batches(_trees(sizes), max_tokens=4096, multiple_of=8)
+    (layout,) = Packing(4096, multiple_of=8).micro_batches(_trees(sizes))
     pad = lambda x: torch.cat([x, x.new_full((layout.num_padding, *x.shape[1:]), 3.0)])  # noqa: E731
     q, k, v = (pad(x).requires_grad_() for x in (q, k, v))
     out = tree_attention(q, k, v, layout.attention, scale=SCALE)
@@ -78,7 +78,7 @@ def test_bfloat16_keeps_the_log_sum_exps_in_float32() -> None:
     sizes = CASES["long"]
     q, k, v, upstream = _inputs(sizes, 4, 2, torch.bfloat16, 32)
     expected, gradients = _dense(sizes, *(x.double() for x in (q, k, v, upstream)))
-    (layout,) = micro_batches(_trees(sizes), max_tokens=4096)
+    (layout,) = Packing(4096).micro_batches(_trees(sizes))
     q, k, v = (x.requires_grad_() for x in (q, k, v))
     out = tree_attention(q, k, v, layout.attention, scale=SCALE)
     found = torch.autograd.grad(out, (q, k, v), upstream)
@@ -110,9 +110,8 @@ def _on_rank(rank: int, world: int, names, heads: int, kv: int, piece_tokens: in
         sizes = CASES[name]
         inputs = _inputs(sizes, heads, kv)
         cost = Cost(token=1.0, pair=0.05)
-        (layout,) = micro_batches(
-            _trees(sizes), max_tokens=4096, multiple_of=2, cp=world, cp_rank=rank, cost=cost, piece_tokens=piece_tokens
-        )
+        packing = Packing(4096, cp=world, multiple_of=2, cost=cost, piece_tokens=piece_tokens)
+        (layout,) = packing.micro_batches(_trees(sizes), cp_rank=rank)
         place = torch.from_numpy(layout.place_S)
         q, k, v, upstream = (torch.where(place[:, None, None] >= 0, x[place], 3.0) for x in inputs)
         q, k, v = (x.requires_grad_() for x in (q, k, v))

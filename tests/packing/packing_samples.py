@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from megatron_dgrpo.packing.layout import Layout
+from megatron_dgrpo.packing.pack import Packing
 from megatron_dgrpo.packing.trajectory import Segment, Trajectory
+from megatron_dgrpo.packing.trees import Tree
 
 
 def trajectory(name: str, sample: int, prompt: list[int], *segments: tuple[list[int], bool]) -> Trajectory:
@@ -36,3 +39,7 @@ def whole(trajectories: list[Trajectory]) -> list[tuple[list[int], int]]:
             marks += [segment.trained] * len(segment.tokens)
         expected += [(tokens[:i], tokens[i]) for i, trained in enumerate(marks) if trained]
     return expected
+
+
+def micro_batches(trees: list[Tree], max_tokens: int, *, rank: int = 0, cp_rank: int = 0, **packing) -> list[Layout]:
+    return Packing(max_tokens, **packing).micro_batches(trees, rank=rank, cp_rank=cp_rank)

@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from packing_samples import groups, trajectory, whole
+from packing_samples import groups, micro_batches, trajectory, whole
 
 from megatron_dgrpo.errors import DataError
 from megatron_dgrpo.packing.cost import Cost
 from megatron_dgrpo.packing.layout import Layout
-from megatron_dgrpo.packing.pack import micro_batches
+from megatron_dgrpo.packing.pack import Packing
 from megatron_dgrpo.packing.trees import documents, trees
 
 
@@ -90,7 +90,7 @@ def test_every_loss_token_is_packed_once_with_its_own_context(form, size: int, c
     ranks = [
         [
             micro_batches(
-                form(trajectories), max_tokens=60, multiple_of=multiple_of, rank=rank, size=size, cp_rank=cp_rank,
+                form(trajectories), max_tokens=60, multiple_of=multiple_of, rank=rank, dp=size, cp_rank=cp_rank,
                 cp=cp, cost=Cost(1.0, 0.01), piece_tokens=5,
             )
             for cp_rank in range(cp)
@@ -104,6 +104,10 @@ def test_every_loss_token_is_packed_once_with_its_own_context(form, size: int, c
         assert all(layout.num_tokens % multiple_of == 0 and layout.num_tokens > 0 for layout in layouts)
         assert sum(layout.num_tokens - layout.num_padding for layout in layouts) <= 60
     _check(batches, whole(trajectories))
+    packing = Packing(60, dp=size, cp=cp, multiple_of=multiple_of, cost=Cost(1.0, 0.01))
+    for (rank, cp_rank), rows in packing.rows(form(trajectories)).items():  # what a rank says of any other
+        mine = np.concatenate([layout.row_stream_R for layout in ranks[rank][cp_rank]])
+        assert sorted(mine.tolist()) == sorted(rows.tolist())
 
 
 def test_a_group_that_is_too_large_becomes_several_trees() -> None:
@@ -152,6 +156,6 @@ def test_sequences_that_cannot_be_trained_on(form) -> None:
 
 
 def test_equal_batches_are_packed_alike_on_every_rank() -> None:
-    ranks = [micro_batches(trees(groups(9)), max_tokens=100, rank=r, size=3, cost=Cost(1.0, 0.1)) for r in range(3)]
+    ranks = [micro_batches(trees(groups(9)), max_tokens=100, rank=r, dp=3, cost=Cost(1.0, 0.1)) for r in range(3)]
     streams = np.concatenate([layout.row_stream_R for layouts in ranks for layout in layouts])
     assert sorted(streams.tolist()) == list(range(len(whole(groups(9)))))

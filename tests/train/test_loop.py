@@ -32,10 +32,19 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _config(files: Path, run_dir: Path, **changes: Any) -> dict[str, Any]:
-    """SFT for two steps, then dGRPO for three, at TP2 with sequence parallelism, T = 0.7, two updates per batch."""
+    """SFT for two steps, dGRPO for three at T = 0.7 with two updates per batch, one at T = 1; TP2 with SP."""
     data = {"path": str(files / "task/train.jsonl")}
     layout = {"tp": 2, "sequence_parallel": True}
     rewards = [{"kind": "exact_match"}]
+    dgrpo = {
+        "kind": "dgrpo",
+        "data": data,
+        "engine": "rollout",
+        "prompts_per_step": 4,
+        "group_size": 4,
+        "rewards": rewards,
+        "optimizer": {"lr": 1e-3},
+    }
     config = {
         "run_dir": str(run_dir),
         "models": {
@@ -55,18 +64,8 @@ def _config(files: Path, run_dir: Path, **changes: Any) -> dict[str, Any]:
         },
         "stages": [
             {"kind": "sft", "data": data, "steps": 2, "batch_size": 8, "optimizer": {"lr": 1e-2}},
-            {
-                "kind": "dgrpo",
-                "data": data,
-                "engine": "rollout",
-                "steps": 3,
-                "prompts_per_step": 4,
-                "group_size": 4,
-                "updates_per_batch": 2,
-                "sampling": {"max_tokens": 4, "temperature": TEMPERATURE},
-                "rewards": rewards,
-                "optimizer": {"lr": 1e-3},
-            },
+            dgrpo | {"steps": 3, "updates_per_batch": 2, "sampling": {"max_tokens": 4, "temperature": TEMPERATURE}},
+            dgrpo | {"steps": 1, "sampling": {"max_tokens": 4}},
         ],
     }
     return config | changes
@@ -83,14 +82,14 @@ def test_a_run_from_its_start_to_an_exported_folder(files: Path, tmp_path: Path)
     assert train(load(_write(tmp_path, _config(files, run_dir)))) == 0
     records = read_metrics(run_dir / "metrics.jsonl").records
     updates = [r for r in records if r["stage"] == "dgrpo" and "update" in r]
-    assert [(r["step"], r["update"]) for r in updates] == [(s, u) for s in (1, 2, 3) for u in (1, 2)]
+    assert [(r["step"], r["update"]) for r in updates] == [(s, u) for s in (1, 2, 3) for u in (1, 2)] + [(1, 1)]
     for record in updates:
         # the log-probs of the engine and the trainer are those of the same weights: every transfer arrived
         assert record["mismatch/max"] <= 1e-4 and record["teacher_kl/kl"] > 0.01
         assert record["nonfinite_rows"] == 0
         assert record["surrogate/ratio"] == pytest.approx(1.0, abs=1e-6 if record["update"] == 1 else 0.5)
     assert any(abs(r["surrogate/ratio_max"] - 1) > 1e-6 for r in updates if r["update"] == 2)
-    assert [r["step"] for r in records if "heldout/reward" in r] == [0, 2, 0, 3]
+    assert [r["step"] for r in records if "heldout/reward" in r] == [0, 2, 0, 3, 0, 1]
     assert {"config.yaml", "metrics.jsonl", "logs", "hf"} <= {path.name for path in run_dir.iterdir()}
     _loads_in_transformers_and_differs(run_dir / "hf", files / "student")
     assert not list(Path("/dev/shm").glob("dgrpo-*"))
@@ -110,9 +109,9 @@ def _loads_in_transformers_and_differs(exported: Path, source: Path) -> None:
 
 def test_what_is_wrong_is_said_before_anything_starts(files: Path, tmp_path: Path) -> None:
     config = _config(files, tmp_path / "run")
-    config["models"]["teacher"] = {"path": str(files / "task"), "dtype": "float32", "layout": {"tp": 2}}
+    config["models"]["teacher"] = {"path": str(files / "task"), "dtype": "float32", "layout": {"vpp": 2}}
     config["models"]["student"]["layout"] = {"tp": 3, "sequence_parallel": True}
-    with pytest.raises(ConfigError, match=r"(?s)models.teacher.layout.tp: 2.*config.json does not exist"):
+    with pytest.raises(ConfigError, match=r"(?s)models.teacher.layout.vpp: 2.*config.json does not exist"):
         train(load(_write(tmp_path, config)))
     config["models"]["teacher"]["path"] = str(files / "teacher")
     config["models"]["teacher"]["layout"] = {"tp": 3}

@@ -57,7 +57,8 @@ def _step(rank: int, world: int, folder: str, teacher_folder: str, trajectories,
 
     from megatron_dgrpo.algorithms.build import dgrpo_loss, dgrpo_streams
     from megatron_dgrpo.model import attention_ops
-    from megatron_dgrpo.packing.pack import micro_batches
+    from megatron_dgrpo.model.megatron_config import BuildOptions
+    from megatron_dgrpo.packing.pack import Packing
     from megatron_dgrpo.packing.trees import trees
     from megatron_dgrpo.parallel.groups import Groups
     from megatron_dgrpo.teacher.frozen import load_teacher
@@ -76,9 +77,11 @@ def _step(rank: int, world: int, folder: str, teacher_folder: str, trajectories,
     attention_ops.forward = counting
     groups = Groups(tp=1, cp=cp, dp=1)
     groups.seed(0)
-    student = load_student(folder, groups=groups, dtype=torch.float64, sequence_parallel=False)
-    options = {"groups": groups, "dtype": torch.float64, "sequence_parallel": False}
-    teacher = load_teacher(teacher_folder, student.decoder, **options)
+    options = BuildOptions(torch.float64)
+    student = load_student(folder, groups=groups, options=options)
+    teacher = load_teacher(
+        teacher_folder, groups=groups, options=options, student_spec=student.decoder.spec, student_groups=groups
+    )
     _watch(student.decoder, counts, "student")
     _watch(teacher.decoder, counts, "teacher")
     heads = [student.decoder.head().weight_VH, teacher.head.weight_VH]
@@ -96,10 +99,11 @@ def _step(rank: int, world: int, folder: str, teacher_folder: str, trajectories,
             return out
 
     streams = dgrpo_streams(trajectories, [1.0, 0.0, 0.5, 1.0, 0.0], Objective()).streams
-    layouts = micro_batches(trees(trajectories), max_tokens=64, cp=cp, cp_rank=groups.grid.coordinate("cp"))
+    packing, grown = Packing(64, cp=cp), trees(trajectories)
+    layouts = packing.micro_batches(grown, cp_rank=groups.grid.coordinate("cp"))
     loss, factors = dgrpo_loss(Objective())
     with Logits():
-        rows = teacher.score(layouts)
+        rows = teacher.rows(grown, packing)
         compute_gradients(student, Work(layouts, streams, loss, factors, 1.0, teacher.head, rows))
     return counts
 

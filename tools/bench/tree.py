@@ -18,6 +18,7 @@ import json
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,37 +50,38 @@ class Step:
     def __init__(self, folder: str, *, tp: int = 1, cp: int = 1, dtype: str = "float32") -> None:
         import torch
 
+        from megatron_dgrpo.model.megatron_config import BuildOptions
         from megatron_dgrpo.parallel.groups import Groups
         from megatron_dgrpo.teacher.frozen import load_teacher
         from megatron_dgrpo.train.student import load_student
 
         self.groups = Groups(tp=tp, cp=cp, dp=1)
         self.groups.seed(0)
-        options: dict[str, Any] = {"groups": self.groups, "dtype": getattr(torch, dtype), "sequence_parallel": tp > 1}
-        self.student = load_student(folder, **options)
-        self.teacher = load_teacher(folder, self.student.decoder, **options)
+        options = BuildOptions(getattr(torch, dtype), sequence_parallel=tp > 1)
+        self.student = load_student(folder, groups=self.groups, options=options)
+        self.spec = self.student.decoder.spec
+        self.teacher = load_teacher(
+            folder, groups=self.groups, options=options, student_spec=self.spec, student_groups=self.groups
+        )
 
-    def prepare(self, trajectories: list[Trajectory], *, shared: bool, max_tokens: int) -> Any:
+    def prepare(self, trajectories: list[Trajectory], *, shared: bool, max_tokens: int) -> tuple[Any, Any]:
+        """An update's work, and how to have the teacher score it."""
         from megatron_dgrpo.algorithms.build import dgrpo_loss, dgrpo_streams
         from megatron_dgrpo.config.schema import Objective
         from megatron_dgrpo.model.flops import training_cost
-        from megatron_dgrpo.packing.pack import micro_batches
+        from megatron_dgrpo.packing.pack import Packing
         from megatron_dgrpo.packing.trees import documents, trees
         from megatron_dgrpo.train.update import Work
 
         grid = self.groups.grid
-        layouts = micro_batches(
-            (trees if shared else documents)(trajectories), max_tokens=max_tokens, cp=grid.cp,
-            cp_rank=grid.coordinate("cp"), multiple_of=grid.tp, cost=training_cost(self.student.decoder.spec),
-        )  # fmt: skip
+        grown = (trees if shared else documents)(trajectories)
+        packing = Packing(max_tokens, cp=grid.cp, multiple_of=grid.tp, cost=training_cost(self.spec))
+        layouts = packing.micro_batches(grown, cp_rank=grid.coordinate("cp"))
         rewards = [float(i % 2) for i in range(len(trajectories))]
         streams = dgrpo_streams(trajectories, rewards, Objective()).streams
-        return Work(layouts, streams, *dgrpo_loss(Objective()), 1.0, self.teacher.head)
-
-    def taught(self, work: Any) -> Any:
-        from dataclasses import replace
-
-        return replace(work, teacher_rows=self.teacher.score(work.layouts))
+        loss, factors = dgrpo_loss(Objective())
+        work = Work(layouts, streams, loss, factors, 1.0, self.teacher.head)
+        return work, lambda: replace(work, teacher_rows=self.teacher.rows(grown, packing))
 
 
 def _seconds(action: Any, *, alone: bool = False) -> float:
@@ -108,13 +110,13 @@ def _speed(rank: int, world: int, folder: str, prompt: int, response: int, size:
     trajectories = group(prompt, response, size, vocab)
     room = prompt + size * response
     forms = {shared: step.prepare(trajectories, shared=shared, max_tokens=room) for shared in (True, False)}
-    taught = {shared: step.taught(work) for shared, work in forms.items()}
+    taught = {shared: teach() for shared, (_, teach) in forms.items()}
     passes = {
         "student step": lambda shared: compute_gradients(step.student, taught[shared]),
-        "teacher forward": lambda shared: step.teacher.score(forms[shared].layouts),
-        "log-prob pass": lambda shared: old_logprobs(step.student, forms[shared]),
+        "teacher forward": lambda shared: forms[shared][1](),
+        "log-prob pass": lambda shared: old_logprobs(step.student, forms[shared][0]),
     }
-    spec = step.student.decoder.spec
+    spec = step.spec
     (tree,) = trees(trajectories)
     found = {}
     for name, run in passes.items():
@@ -168,7 +170,7 @@ def _memory(rank: int, world: int, folder: str, prompt: int, response: int, size
     from megatron_dgrpo.train.update import compute_gradients
 
     step = Step(folder, tp=tp, cp=cp)
-    work = step.prepare(group(prompt, response, size, 128), shared=True, max_tokens=prompt + size * response)
+    _, teach = step.prepare(group(prompt, response, size, 128), shared=True, max_tokens=prompt + size * response)
     sent, largest = 0, 0
     collectives: Any = dist
     gather, scatter = dist.all_gather_into_tensor, dist.reduce_scatter_tensor
@@ -184,14 +186,14 @@ def _memory(rank: int, world: int, folder: str, prompt: int, response: int, size
         sent += own.nbytes * (cp - 1) if group is step.groups.collection.cp else 0
         return scatter(own, out, group=group, async_op=async_op)
 
-    work = step.taught(work)
+    work = teach()
     before = _peak(reset=True)
     collectives.all_gather_into_tensor, collectives.reduce_scatter_tensor = gathering, scattering
     try:
         seconds = _seconds(lambda: compute_gradients(step.student, work))
     finally:
         collectives.all_gather_into_tensor, collectives.reduce_scatter_tensor = gather, scatter
-    spec = step.student.decoder.spec
+    spec = step.spec
     shared = -(-prompt // cp) if cp > 1 else 0
     formula = 3 * spec.num_layers * (cp - 1) * shared * 2 * spec.num_kv_heads // tp * spec.head_dim * 4
     return seconds, _peak() - before, sent, formula, largest
