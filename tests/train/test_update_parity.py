@@ -181,8 +181,16 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("name", CASES)
+# Where embedding and head are on different ranks, both kinds of model; elsewhere one or the other.
+KINDS = [
+    (name, tied)
+    for number, name in enumerate(CASES)
+    for tied in (True, False)
+    if CASES[name].student.pp > 1 or tied == (number % 2 == 0)
+]
+
+
+@pytest.mark.parametrize(("name", "tied"), KINDS, ids=[f"{name}{'' if tied else ', untied'}" for name, tied in KINDS])
 def test_loss_and_gradients_equal_the_dense_reference(tmp_path: Path, tied: bool, name: str) -> None:
     case = CASES[name]
     folder = save_tiny_qwen3(tmp_path / "student", tied=tied, seed=1, layers=4, **SIZES)
