@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -118,6 +119,36 @@ def test_what_is_wrong_is_said_before_anything_starts(files: Path, tmp_path: Pat
     with pytest.raises(ConfigError, match=r"(?s)tp=3 does not divide the 2 .*heads.*tp=3 does not divide the 4"):
         train(load(_write(tmp_path, config)))
     assert not (tmp_path / "run").exists()
+
+
+def test_bad_data_is_an_error_of_the_config_and_starts_no_rank(files: Path, tmp_path: Path) -> None:
+    config = _config(files, tmp_path / "run")
+    rows = (files / "task/train.jsonl").read_text().splitlines()[:3]
+    (tmp_path / "bad.jsonl").write_text("\n".join([*rows, '{"prompt": "k1v2 k1"}', rows[0].replace("k", "q")]) + "\n")
+    config["stages"][1]["data"] = {"path": str(tmp_path / "bad.jsonl")}
+    config["evaluation"]["num_prompts"] = 10_000
+    with pytest.raises(ConfigError, match=r"(?s)line 4.*answer.*evaluation.num_prompts"):
+        train(load(_write(tmp_path, config)))
+    assert not {"engine-rollout.log", "rank1.log"} & {path.name for path in (tmp_path / "run/logs").iterdir()}
+
+
+def test_a_rank_that_ends_late_does_not_make_a_failure_of_a_good_run(files: Path, tmp_path: Path) -> None:
+    """The engine host ends with rank 0, while another rank may take its time."""
+    config = _config(files, tmp_path / "run")
+    config["stages"] = config["stages"][:1]
+    done = tmp_path / "run/hf"
+
+    def hold_rank1_back() -> None:
+        _wait(done.exists, 120, "nothing was exported")
+        (rank1,) = _named(_descendants(os.getpid()), "rank1")
+        os.kill(rank1, signal.SIGSTOP)
+        time.sleep(4)
+        os.kill(rank1, signal.SIGCONT)
+
+    holder = threading.Thread(target=hold_rank1_back)
+    holder.start()
+    assert train(load(_write(tmp_path, config))) == 0
+    holder.join()
 
 
 # ---- ends that nobody wanted ----
