@@ -1,9 +1,9 @@
-"""How ranks wait for each other without a collective: counters and keys in a store, a deadline, and a key for failures.
+"""How ranks wait for each other without a collective: counters and keys in a store, a deadline, a key for failures.
 
-Whoever waits looks at the failure key as well, so a rank that could not go on ends the others within milliseconds, with its own
-words. A topic may be used again and again, by all ranks as often: each rank counts its turns in the store, and the
-keys of a turn are its own. So a rank may be a turn ahead, or late for one that another has given up already. The last
-rank to leave a turn removes its keys.
+Whoever waits looks at the failure key as well, so a rank that could not go on ends the others within milliseconds, with
+its own words. A topic may be used again and again, by all ranks as often: each rank counts its turns in the store, and
+the keys of a turn are its own. So a rank may be a turn ahead, or late for one that another has given up already. The
+last rank to leave a turn removes its keys.
 """
 
 from __future__ import annotations

@@ -43,6 +43,7 @@ class Engine:
         max_num_seqs: int,
         prefix_cache: bool,
         threads: int,
+        hf_overrides: dict[str, Any] | None = None,
     ) -> None:
         torch.set_num_threads(threads)  # vLLM's CPU worker makes this call a no-op from there on
         if current_platform.is_cpu():
@@ -56,6 +57,7 @@ class Engine:
                 skip_tokenizer_init=True,
                 generation_config="vllm",  # sampling is what a request says, and nothing that lies in the folder
                 dtype=dtype,  # type: ignore[arg-type]
+                hf_overrides=hf_overrides or {},  # in place of what config.json says
                 seed=0,  # of nothing that is used: every sample has its own
                 max_model_len=max_model_len,
                 kv_cache_memory_bytes=kv_cache_bytes,

@@ -44,6 +44,7 @@ def serve(
     max_num_seqs: int,
     prefix_cache: bool,
     threads: int,
+    hf_overrides: dict[str, Any] | None = None,
 ) -> None:
     """Load a model, listen, serve until the last owner has gone."""
     os.environ.update(_ENVIRONMENT, OMP_NUM_THREADS=str(threads))
@@ -61,6 +62,7 @@ def serve(
         max_num_seqs=max_num_seqs,
         prefix_cache=prefix_cache,
         threads=threads,
+        hf_overrides=hf_overrides,
     )
     server = Server(address, key)
     try:

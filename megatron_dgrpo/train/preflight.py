@@ -2,8 +2,8 @@
 
 The first micro-batch goes through the student once more, without gradients; a few of its loss rows, with the teacher's
 rows that the update is about to use, are put to the checks of `algorithms/preflight.py`. Beside them, the teacher
-scores that micro-batch a second time: rows that were exchanged or belong to other tokens do not come out the same. The
-cost is a forward of both models over one micro-batch. All ranks learn of a problem together.
+scores the batch a second time: rows that were exchanged or belong to other tokens do not come out the same. The
+cost is a teacher's forward over one update's batch, once a stage. All ranks learn of a problem together.
 
 Legend: _R loss rows, _RH rows x hidden.
 """
@@ -22,7 +22,7 @@ from megatron_dgrpo.errors import ObjectiveError, listing
 from megatron_dgrpo.heads import HeadShard
 from megatron_dgrpo.packing.layout import Layout
 from megatron_dgrpo.parallel import platform
-from megatron_dgrpo.teacher.frozen import FrozenTeacher
+from megatron_dgrpo.teacher.rows import TeacherRows
 from megatron_dgrpo.train.rows import LossRows
 from megatron_dgrpo.train.student import Student
 from megatron_dgrpo.train.update import Work, each_micro_batch, loss_rows
@@ -35,11 +35,12 @@ SECOND_SCORE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat
 
 
 def check_update(
-    student: Student, teacher: FrozenTeacher, work: Work, factors: Mapping[str, float], *, same_weights: bool
+    student: Student, work: Work, again: TeacherRows | None, factors: Mapping[str, float], *, same_weights: bool
 ) -> dict[str, float]:
     """Raise on every rank what is wrong on any; else what was measured, the worst of all ranks.
 
-    `factors` are what the config says of this update. `same_weights`: the teacher's are the student's.
+    `again` are the teacher's rows from a second scoring of the same batch (None where there is no head), `factors` what
+    the config says of this update. `same_weights`: the teacher's are the student's.
     """
     rows = _first_rows(student, work)
     problems, measured = [], dict[str, float]()
@@ -53,7 +54,7 @@ def check_update(
         for report in _reports(rows, work, same_weights):
             problems += report.problems
             measured |= report.measured
-    gap = _second_score(teacher, work)
+    gap = _second_score(work, again)
     tolerance = SECOND_SCORE_TOLERANCE[work.teacher_rows.hidden_MH.dtype] if work.teacher_rows is not None else 0.0
     measured["second_score"] = gap
     if not gap <= tolerance:
@@ -96,14 +97,13 @@ def _reports(rows: LossRows, work: Work, same_weights: bool) -> list[Preflight]:
     return found
 
 
-def _second_score(teacher: FrozenTeacher, work: Work) -> float:
+def _second_score(work: Work, again: TeacherRows | None) -> float:
     """How much the first micro-batch's teacher rows differ from newly computed ones, relative to their norm."""
-    assert work.teacher_rows is not None
-    again = teacher.score(work.layouts[:1])
-    if not len(again.stream_M):
+    stream_R = torch.from_numpy(work.layouts[0].row_stream_R).to(platform.device())
+    if work.teacher_rows is None or again is None or not len(stream_R):
         return 0.0
-    handed_MH = work.teacher_rows.select(again.stream_M).double()
-    return float((handed_MH - again.hidden_MH.double()).norm() / handed_MH.norm().clamp_min(1e-30))
+    handed_RH, again_RH = (rows.select(stream_R).double() for rows in (work.teacher_rows, again))
+    return float((handed_RH - again_RH).norm() / handed_RH.norm().clamp_min(1e-30))
 
 
 def _agree(problems: list[str], measured: Mapping[str, float], student: Student) -> dict[str, float]:

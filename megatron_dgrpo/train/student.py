@@ -1,4 +1,4 @@
-"""The model that is trained: decoder, Megatron's data-parallel wrapper with its gradient buffers, its optimizer."""
+"""The model that is trained: decoder, Megatron's data-parallel wrappers with their gradient buffers, its optimizer."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 
 from megatron_dgrpo.checkpoint.hf.families import read_spec
 from megatron_dgrpo.checkpoint.hf.importer import import_weights
-from megatron_dgrpo.config.schema import Adam
+from megatron_dgrpo.config.schema import Adam, RopeScaling
 from megatron_dgrpo.errors import NonFiniteError
 from megatron_dgrpo.model.decoder import Decoder, build_decoder
+from megatron_dgrpo.model.megatron_config import BuildOptions
 from megatron_dgrpo.parallel.groups import Groups
 from megatron_dgrpo.train import adam
 
@@ -29,7 +30,12 @@ class Student:
             use_distributed_optimizer=True, grad_reduce_in_fp32=decoder.config.params_dtype == torch.bfloat16
         )
         self.decoder = decoder
-        self.wrapped = DistributedDataParallel(decoder.config, ddp, decoder, pg_collection=decoder.groups.collection)
+        self.wrapped = [
+            DistributedDataParallel(
+                decoder.config, ddp, part, disable_bucketing=number > 0, pg_collection=decoder.groups.collection
+            )
+            for number, part in enumerate(decoder.parts)
+        ]
         self._settings: Adam | None = None
         self._optimizer: MegatronOptimizer | None = None
         self._updates = 0
@@ -49,7 +55,7 @@ class Student:
             use_distributed_optimizer=True,
         )
         self._optimizer = get_megatron_optimizer(
-            config, [self.wrapped], use_gloo_process_groups=False, pg_collection=self.decoder.groups.collection
+            config, self.wrapped, use_gloo_process_groups=False, pg_collection=self.decoder.groups.collection
         )
         self._settings, self._updates = settings, 0
 
@@ -59,7 +65,8 @@ class Student:
         return self._optimizer
 
     def zero_grad(self) -> None:
-        self.wrapped.zero_grad_buffer()
+        for part in self.wrapped:
+            part.zero_grad_buffer()
         if self._optimizer is not None:
             self._optimizer.zero_grad()
 
@@ -82,7 +89,9 @@ class Student:
         return {"grad_norm": norm, "lr": self._settings.lr * warm}
 
 
-def load_student(folder: str | Path, *, groups: Groups, dtype: torch.dtype, sequence_parallel: bool) -> Student:
-    decoder = build_decoder(read_spec(folder), groups=groups, dtype=dtype, sequence_parallel=sequence_parallel)
+def load_student(
+    folder: str | Path, *, groups: Groups, options: BuildOptions, rope: RopeScaling | None = None
+) -> Student:
+    decoder = build_decoder(read_spec(folder, rope), groups=groups, options=options)
     import_weights(decoder, folder)
     return Student(decoder)

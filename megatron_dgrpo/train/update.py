@@ -6,19 +6,21 @@ The trainer knows no algorithm: it is given streams, a loss and its factors. The
 states -> loss rows -> statistics -> terms -> a scalar whose backward goes the same way back. Megatron scales nothing:
 its loss function reports 0 tokens, which makes the divisor 1, and `calculate_per_token_loss` turns its averages off.
 
+Only the last stage of a pipeline has the head and sees loss rows. What it counted is handed to the other stages, so
+that every rank reports the same and all of them stop when a row is not finite.
+
 Terms that need their own token alone have their gradients formed while the logits exist. The others take two passes:
 what they must know of the whole batch is summed first, without gradients, and the logits are made again in backward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_dgrpo.algorithms.diagnostics import balance_values, by_position, gradient_balance, sign_disagreement
 from megatron_dgrpo.algorithms.losses import Evaluation, Loss, Summary, add_summaries, attach, nonfinite_report
@@ -26,8 +28,10 @@ from megatron_dgrpo.algorithms.metrics import Metric, merge, pack, unpack, value
 from megatron_dgrpo.algorithms.streams import Streams
 from megatron_dgrpo.errors import NonFiniteError, listing
 from megatron_dgrpo.heads import HeadShard, RowStatistics, gather_rows
+from megatron_dgrpo.model.schedule import run_schedule
 from megatron_dgrpo.packing.layout import Layout
 from megatron_dgrpo.parallel import platform
+from megatron_dgrpo.parallel.collectives import broadcast_figures
 from megatron_dgrpo.teacher.rows import TeacherRows
 from megatron_dgrpo.train.rows import LossRows
 from megatron_dgrpo.train.student import Student
@@ -54,15 +58,14 @@ def compute_gradients(student: Student, work: Work) -> dict[str, float]:
     summary = _summary(student, work) if work.loss.needs != "token" else None
     reports: list[str] = []
 
-    def loss_of(hidden: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, torch.Tensor, dict[str, Metric]]:
+    def loss_of(hidden: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, dict[str, Metric]]:
         rows = loss_rows(student, hidden, layout, work)
         scalar, evaluation, statistics = _evaluate(rows, work, summary)
         reports.extend(nonfinite_report(evaluation, statistics, rows.streams))
-        metrics = _metrics(rows, work, evaluation, statistics)
-        return scalar, torch.zeros((), dtype=torch.int32, device=hidden.device), metrics
+        return scalar, _metrics(rows, work, evaluation, statistics)
 
-    parts = _run(student, work.layouts, loss_of, forward_only=False)
-    metrics = _reduce(student, merge(parts))
+    parts = run_schedule(student.decoder, student.wrapped, work.layouts, loss_of, forward_only=False)
+    metrics = _of_the_whole_batch(student, parts)
     if metrics.get("nonfinite_rows"):
         raise NonFiniteError(
             listing(
@@ -74,7 +77,7 @@ def compute_gradients(student: Student, work: Work) -> dict[str, float]:
 
 
 def old_logprobs(student: Student, work: Work) -> Streams:
-    """The streams with the log-probs of the live weights as the old ones (of this rank's rows; NaN elsewhere)."""
+    """The streams with the live weights' log-probs as old ones: of this rank's rows, on the last stage; else NaN."""
     old_N = torch.full((work.streams.num_tokens,), float("nan"), dtype=torch.float64)
 
     def keep(hidden: torch.Tensor, layout: Layout) -> None:
@@ -89,12 +92,11 @@ def old_logprobs(student: Student, work: Work) -> Streams:
 def each_micro_batch(student: Student, layouts: Sequence[Layout], look: Callable[[torch.Tensor, Layout], None]) -> None:
     """Show `look` the hidden states of each micro-batch, without gradients."""
 
-    def loss_of(hidden: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, torch.Tensor, dict[str, Metric]]:
+    def loss_of(hidden: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, None]:
         look(hidden, layout)
-        zero = torch.zeros((), device=hidden.device)
-        return zero, zero.int(), {}
+        return torch.zeros((), device=hidden.device), None
 
-    _run(student, layouts, loss_of, forward_only=True)
+    run_schedule(student.decoder, student.wrapped, layouts, loss_of, forward_only=True)
 
 
 def _summary(student: Student, work: Work) -> Summary:
@@ -170,29 +172,14 @@ def _metrics(rows: LossRows, work: Work, evaluation: Evaluation, statistics: Row
     return merge(metrics)
 
 
-def _run(student: Student, layouts: Sequence[Layout], loss_of: Any, *, forward_only: bool) -> list[dict[str, Metric]]:
-    """All micro-batches through Megatron's schedule; what `loss_of` reported of each."""
-
-    def forward_step(batches: Iterator[Layout], model: Any) -> tuple[torch.Tensor, Any]:
-        layout = next(batches)
-        return model(layout), lambda hidden: loss_of(hidden, layout)
-
-    schedule = get_forward_backward_func(pp_size=student.decoder.groups.grid.pp, vp_size=None)
-    return schedule(
-        forward_step_func=forward_step,
-        data_iterator=iter(layouts),
-        model=[student.wrapped],
-        num_microbatches=len(layouts),
-        seq_length=max(layout.num_tokens for layout in layouts),
-        micro_batch_size=1,
-        forward_only=forward_only,
-        pg_collection=student.decoder.groups.collection,
-    )
-
-
-def _reduce(student: Student, metrics: Mapping[str, Metric]) -> dict[str, float]:
-    """Exact figures of the whole batch: sums and maxima over the data-parallel ranks."""
-    sums, maxima = (vector.to(platform.device()) for vector in pack(metrics))
-    dist.all_reduce(sums, group=student.decoder.groups.dp_cp)
-    dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=student.decoder.groups.dp_cp)
-    return values(unpack(metrics, sums, maxima))
+def _of_the_whole_batch(student: Student, parts: Sequence[Mapping[str, Metric]]) -> dict[str, float]:
+    """Exact figures: sums and maxima over the data-parallel ranks of the last stage, the same on every rank."""
+    groups = student.decoder.groups
+    found: dict[str, float] | None = None
+    if groups.grid.last_stage:
+        metrics = merge(parts)
+        sums, maxima = (vector.to(platform.device()) for vector in pack(metrics))
+        dist.all_reduce(sums, group=groups.dp_cp)
+        dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=groups.dp_cp)
+        found = values(unpack(metrics, sums, maxima))
+    return broadcast_figures(found, group=groups.pp, source=groups.grid.pp - 1)

@@ -36,12 +36,13 @@ def test_equals_torch_adamw() -> None:
 
 
 def _student(folder: str, world: int, tp: int) -> Any:
+    from megatron_dgrpo.model.megatron_config import BuildOptions
     from megatron_dgrpo.parallel.groups import Groups
     from megatron_dgrpo.train.student import load_student
 
     groups = Groups(tp=tp, dp=world // tp)
     groups.seed(0)
-    student = load_student(folder, groups=groups, dtype=torch.float32, sequence_parallel=False)
+    student = load_student(folder, groups=groups, options=BuildOptions(torch.float32))
     student.start_optimizer(ADAM)
     return student
 

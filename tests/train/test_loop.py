@@ -32,7 +32,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _config(files: Path, run_dir: Path, **changes: Any) -> dict[str, Any]:
-    """SFT for two steps, dGRPO for three at T = 0.7 with two updates per batch, one at T = 1; TP2, sequence parallel."""
+    """SFT for two steps, dGRPO for three at T = 0.7 with two updates per batch, one at T = 1; TP2 with SP."""
     data = {"path": str(files / "task/train.jsonl")}
     layout = {"tp": 2, "sequence_parallel": True}
     rewards = [{"kind": "exact_match"}]
@@ -120,9 +120,9 @@ def _loads_in_transformers_and_differs(exported: Path, source: Path) -> None:
 
 def test_what_is_wrong_is_said_before_anything_starts(files: Path, tmp_path: Path) -> None:
     config = _config(files, tmp_path / "run")
-    config["models"]["teacher"] = {"path": str(files / "task"), "dtype": "float32", "layout": {"tp": 2}}
+    config["models"]["teacher"] = {"path": str(files / "task"), "dtype": "float32", "layout": {"vpp": 2}}
     config["models"]["student"]["layout"] = {"tp": 3, "sequence_parallel": True}
-    with pytest.raises(ConfigError, match=r"(?s)models.teacher.layout.tp: 2.*config.json does not exist"):
+    with pytest.raises(ConfigError, match=r"(?s)models.teacher.layout.vpp: 2.*config.json does not exist"):
         train(load(_write(tmp_path, config)))
     config["models"]["teacher"]["path"] = str(files / "teacher")
     config["models"]["teacher"]["layout"] = {"tp": 3}

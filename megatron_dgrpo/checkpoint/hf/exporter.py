@@ -1,8 +1,7 @@
 """Weights out of a sharded model: as an iterator of boxes (for weight transfer), or as a Hugging Face folder.
 
 The iterator yields what this rank holds, in the order of `manifest`, as views of the live parameters; nothing is
-gathered. Exactly one rank yields each box: the data-parallel replica 0, and of tensors that tensor parallelism does
-not cut, rank 0.
+gathered. Exactly one rank yields each box, of all that hold it.
 """
 
 from __future__ import annotations
@@ -17,11 +16,11 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from megatron_dgrpo.checkpoint.hf.importer import box_of, local_parameters
+from megatron_dgrpo.checkpoint.hf.importer import box_of
 from megatron_dgrpo.checkpoint.hf.mapping import rules
 from megatron_dgrpo.checkpoint.hf.shards import WeightShard, WeightSpec
 from megatron_dgrpo.errors import ConversionError
-from megatron_dgrpo.model.decoder import Decoder
+from megatron_dgrpo.model.decoder import Decoder, local_parameters
 from megatron_dgrpo.model.spec import ModelSpec
 from megatron_dgrpo.parallel import platform
 
@@ -52,12 +51,10 @@ def manifest(spec: ModelSpec, dtype: torch.dtype) -> list[WeightSpec]:
 def export_shards(decoder: Decoder, dtype: torch.dtype) -> Iterator[WeightShard]:
     """The boxes that this rank answers for, in the order of the manifest."""
     grid, parameters = decoder.groups.grid, local_parameters(decoder)
-    if grid.coordinate("dp") or grid.coordinate("cp"):
-        return
     for rule in rules(decoder.spec):
-        if rule.parameter not in parameters or (rule.axis is None and grid.coordinate("tp")):
+        if rule.parameter not in parameters or not rule.answers(grid):
             continue
-        for span in rule.spans(grid.coordinate("tp"), grid.tp):
+        for span in rule.held(grid):
             local = parameters[rule.parameter].detach().narrow(rule.axis or 0, span.local, span.length)
             yield WeightShard(rule.hf_name, rule.hf_shape, dtype, box_of(rule, span.hf, span.length), local)
 

@@ -7,36 +7,24 @@ from pathlib import Path
 import torch
 
 from megatron_dgrpo.checkpoint.hf.headers import check_tensors, read_headers
-from megatron_dgrpo.checkpoint.hf.mapping import Rule, rules
+from megatron_dgrpo.checkpoint.hf.mapping import EMBEDDING, HEAD, Rule, rules
 from megatron_dgrpo.checkpoint.hf.safetensors_folder import SafetensorsFolder
-from megatron_dgrpo.model.decoder import Decoder
+from megatron_dgrpo.model.decoder import Decoder, local_parameters
 from megatron_dgrpo.model.spec import ModelSpec
-
-
-def local_parameters(decoder: Decoder) -> dict[str, torch.nn.Parameter]:
-    """This rank's parameters under Megatron's names with the layers' global numbers."""
-    named = {}
-    for name, parameter in decoder.named_parameters():
-        parts = name.split(".")
-        if parts[:2] == ["decoder", "layers"]:
-            parts[2] = str(decoder.decoder.layers[int(parts[2])].layer_number - 1)
-        named[".".join(parts)] = parameter
-    return named
 
 
 @torch.no_grad()
 def import_weights(decoder: Decoder, folder: str | Path) -> None:
     """Fill a decoder from a Hugging Face folder, in the decoder's own type."""
-    grid, table = decoder.groups.grid, rules(decoder.spec)
-    parameters = local_parameters(decoder)
+    table, parameters = rules(decoder.spec), local_parameters(decoder)
     with SafetensorsFolder(check_tensors(folder, table, decoder.spec)) as files:
-        for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+        for name in (EMBEDDING, HEAD):
             if name in parameters:
                 parameters[name].zero_()  # rows that pad the vocabulary belong to no tensor of the folder
         for rule in table:
             if rule.parameter not in parameters:
                 continue
-            for span in rule.spans(grid.coordinate("tp"), grid.tp):
+            for span in rule.held(decoder.groups.grid):
                 part = files.read(rule.hf_name, box_of(rule, span.hf, span.length))
                 target = parameters[rule.parameter].narrow(rule.axis or 0, span.local, span.length)
                 target.copy_(part)
