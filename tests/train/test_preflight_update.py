@@ -40,7 +40,9 @@ def _faults(work, rank):
 
 def _check(rank, world, folder, teacher_folder, trajectories, rewards, dtype):
     from megatron_dgrpo.algorithms.build import dgrpo_loss, dgrpo_streams, head_options
-    from megatron_dgrpo.packing.pack import from_trajectories, pack, share
+    from megatron_dgrpo.checkpoint.hf.families import read_spec
+    from megatron_dgrpo.model.megatron_config import BuildOptions
+    from megatron_dgrpo.packing.pack import from_trajectories, micro_batches
     from megatron_dgrpo.parallel.groups import Groups
     from megatron_dgrpo.teacher.frozen import load_teacher
     from megatron_dgrpo.train.preflight import check_update
@@ -49,31 +51,32 @@ def _check(rank, world, folder, teacher_folder, trajectories, rewards, dtype):
 
     groups = Groups(tp=2, dp=2)
     groups.seed(0)
-    models = {"groups": groups, "dtype": dtype, "sequence_parallel": True}
+    models = {"groups": groups, "options": BuildOptions(dtype, sequence_parallel=True)}
     student = load_student(folder, **models)
     before = [p.detach().clone() for p in student.decoder.parameters()]
-    teachers = {name: load_teacher(path, student.decoder, **models) for name, path in
-                (("other", teacher_folder), ("same", folder))}  # fmt: skip
-    mine = share(from_trajectories(trajectories), groups.grid.coordinate("dp"), 2)
-    layouts = pack(mine, max_tokens=48, multiple_of=4)
+    models |= {"student_spec": read_spec(folder), "student_groups": groups}
+    teachers = {"other": load_teacher(teacher_folder, **models), "same": load_teacher(folder, **models)}
+    sequences = from_trajectories(trajectories)
+    layouts = micro_batches(sequences, rank=groups.grid.coordinate("dp"), size=2, max_tokens=48, multiple_of=4)
 
     def work_of(objective, teacher):
         loss, factors = dgrpo_loss(objective)
         streams = dgrpo_streams(trajectories, rewards, objective).streams
         options = head_options(objective)
-        return Work(
-            layouts, streams, loss, factors, TEMPERATURE, teacher.head, teacher.score(layouts), head_options=options
-        )
+        rows = teacher.rows(sequences, max_tokens=48)
+        return Work(layouts, streams, loss, factors, TEMPERATURE, teacher.head, rows, head_options=options)
 
     sound = {}
     for name, objective in OBJECTIVES.items():
         for kind, teacher in teachers.items() if name == "exact" else [("other", teachers["other"])]:
             work = work_of(objective, teacher)
-            sound[name, kind] = check_update(student, teacher, work, work.factors, same_weights=kind == "same")
+            again = teacher.rows(sequences, max_tokens=48)
+            sound[name, kind] = check_update(student, work, again, work.factors, same_weights=kind == "same")
+    again = teachers["same"].rows(sequences, max_tokens=48)
     work, caught = work_of(OBJECTIVES["exact"], teachers["same"]), {}
     for name, wrong in _faults(work, rank).items():
         try:
-            check_update(student, teachers["same"], wrong, work.factors, same_weights=True)
+            check_update(student, wrong, again, work.factors, same_weights=True)
         except ObjectiveError as error:
             caught[name] = str(error)
     untouched = all(

@@ -1,4 +1,4 @@
-"""Every choice that an objective has, in the trainer at TP2 and at TP2 x DP2, against plain autograd on dense float64
+"""Every choice that an objective has, in the trainer at several layouts, against plain autograd on dense float64
 logits: the loss, every parameter's gradient, and what the diagnostics say. One launch trains on all cases.
 
 Legend: _R loss tokens of the batch, _RV times vocabulary.
@@ -64,23 +64,26 @@ def _objective(case: str) -> Objective:
     return Objective.model_validate({"clip_high": 0.28} | CASES[case])
 
 
-def _train(rank, world, folder, teacher_folder, trajectories, rewards, tp, budget):
+def _train(rank, world, folder, teacher_folder, trajectories, rewards, layout, budget):
     from megatron_dgrpo.algorithms.build import dgrpo_loss, dgrpo_streams, head_options
     from megatron_dgrpo.algorithms.losses import Loss
-    from megatron_dgrpo.packing.pack import from_trajectories, pack, share
+    from megatron_dgrpo.checkpoint.hf.families import read_spec
+    from megatron_dgrpo.model.megatron_config import BuildOptions
+    from megatron_dgrpo.packing.pack import from_trajectories, micro_batches
     from megatron_dgrpo.parallel.groups import Groups
     from megatron_dgrpo.teacher.frozen import load_teacher
     from megatron_dgrpo.train.student import load_student
     from megatron_dgrpo.train.update import Work, compute_gradients
 
-    groups = Groups(tp=tp, dp=world // tp)
+    groups = Groups(**layout)
     groups.seed(0)
-    models = {"groups": groups, "dtype": torch.float64, "sequence_parallel": tp > 1}
+    models = {"groups": groups, "options": BuildOptions(torch.float64, sequence_parallel=groups.grid.tp > 1)}
     student = load_student(folder, **models)
-    teacher = load_teacher(teacher_folder, student.decoder, **models)
-    mine = share(from_trajectories(trajectories), groups.grid.coordinate("dp"), groups.grid.dp)
-    layouts = pack(mine, max_tokens=budget, multiple_of=4)
-    rows = teacher.score(layouts)
+    teacher = load_teacher(teacher_folder, **models, student_spec=read_spec(folder), student_groups=groups)
+    sequences = from_trajectories(trajectories)
+    rank, size = groups.grid.coordinate("dp"), groups.grid.dp
+    layouts = micro_batches(sequences, rank=rank, size=size, max_tokens=budget, multiple_of=4)
+    rows = teacher.rows(sequences, max_tokens=budget)
     found = {}
     for case in CASES:
         objective = _objective(case)
@@ -95,7 +98,7 @@ def _train(rank, world, folder, teacher_folder, trajectories, rewards, tp, budge
             layouts, streams, loss, factors, TEMPERATURE, teacher.head, rows, head_options=options, balance=True
         )
         metrics = compute_gradients(student, work)
-        gather_data_parallel_gradients(student.wrapped, groups.dp_cp)
+        gather_data_parallel_gradients(student.wrapped)
         found[case] = metrics, pieces(student.decoder, "main_grad")
     return found
 
@@ -220,17 +223,19 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> tuple[Dense, Path]:
 
 
 LAYOUTS = [
-    pytest.param((2, 2, 64), id="tp2"),
-    pytest.param((4, 2, 32), id="tp2 dp2", marks=pytest.mark.long),
+    pytest.param(({"tp": 2, "dp": 1}, 64), id="tp2"),
+    pytest.param(({"tp": 2, "dp": 2}, 32), id="tp2 dp2"),
+    pytest.param(({"tp": 1, "dp": 2, "pp": 2}, 32), id="dp2 pp2"),
 ]
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)
 def trained(dense: tuple[Dense, Path], request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     reference, folder = dense
-    responses, (world, tp, budget) = reference.responses, request.param
+    responses, (layout, budget) = reference.responses, request.param
     arguments = (str(folder / "student"), str(folder / "teacher"), _trajectories(responses))
-    return run_distributed(_train, world, *arguments, [r.reward for r in responses], tp, budget, timeout_s=240)
+    rewards, world = [r.reward for r in responses], int(np.prod(list(layout.values())))
+    return run_distributed(_train, world, *arguments, rewards, layout, budget, timeout_s=240)
 
 
 @pytest.mark.parametrize("case", CASES)
