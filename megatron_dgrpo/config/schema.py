@@ -225,7 +225,7 @@ class DGRPO(Stage):
     objective: Objective = Objective()
     preflight: bool = True
     """Before the first update, check on its batch that the teacher's signal arrives and is the right one; the cost is
-    about a forward. A failed check ends the run."""
+    about a forward of the teacher. A failed check ends the run."""
     diagnostics_every: NonNegativeInt = 10
     """Compare the norms and directions of the terms' gradients at the first step and every so many (0: never)."""
 

@@ -77,7 +77,8 @@ class World:
         self.student_VV.grad = None
         result = reference.dgrpo(
             self.responses, lambda ids: self.student_VV[ids], lambda ids: self.teacher_VV[ids],
-            beta=OBJECTIVE.beta.value, clip_low=OBJECTIVE.clip_low, clip_high=OBJECTIVE.clip_high, temperature=TEMPERATURE,
+            beta=OBJECTIVE.beta.value, clip_low=OBJECTIVE.clip_low, clip_high=OBJECTIVE.clip_high,
+            temperature=TEMPERATURE,
         )  # fmt: skip
         result.loss.backward()
         return result, self.student_VV.grad.clone()

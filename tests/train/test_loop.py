@@ -65,7 +65,14 @@ def _config(files: Path, run_dir: Path, **changes: Any) -> dict[str, Any]:
         },
         "stages": [
             {"kind": "sft", "data": data, "steps": 2, "batch_size": 8, "optimizer": {"lr": 1e-2}},
-            dgrpo | {"steps": 3, "updates_per_batch": 2, "sampling": {"max_tokens": 4, "temperature": TEMPERATURE}},
+            dgrpo
+            | {
+                "steps": 3,
+                "updates_per_batch": 2,
+                "sampling": {"max_tokens": 4, "temperature": TEMPERATURE},
+                "objective": {"beta": {"kind": "adaptive", "initial": 0.5, "target": 1e-3}},
+                "diagnostics_every": 2,
+            },
             dgrpo | {"steps": 1, "sampling": {"max_tokens": 4}},
         ],
     }
@@ -90,6 +97,10 @@ def test_a_run_from_its_start_to_an_exported_folder(files: Path, tmp_path: Path)
         assert record["nonfinite_rows"] == 0
         assert record["surrogate/ratio"] == pytest.approx(1.0, abs=1e-6 if record["update"] == 1 else 0.5)
     assert any(abs(r["surrogate/ratio_max"] - 1) > 1e-6 for r in updates if r["update"] == 2)
+    # beta grows by 2 % a step, the most it may, as the KL is far above its target; then the last stage's constant
+    assert [r["teacher_kl/factor"] for r in updates] == pytest.approx([0.5, 0.5, 0.51, 0.51, 0.5202, 0.5202, 0.5])
+    assert [r["step"] for r in updates if "gradient/teacher_kl/norm" in r] == [1, 1, 3, 3, 1]
+    assert [r["step"] for r in updates if r.get("preflight/identical_kl", 1) <= 1e-6] == [1, 1, 1]
     assert [r["step"] for r in records if "heldout/reward" in r] == [0, 2, 0, 3, 0, 1]
     assert {"config.yaml", "metrics.jsonl", "logs", "hf"} <= {path.name for path in run_dir.iterdir()}
     _loads_in_transformers_and_differs(run_dir / "hf", files / "student")
