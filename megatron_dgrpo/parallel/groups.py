@@ -10,6 +10,8 @@ an act of all. A rank without a part has no groups (`member` is False).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 
@@ -177,6 +179,20 @@ class Groups:
             parallel_state._set_global_memory_buffer()
         place = self.grid.coordinate
         model_parallel_cuda_manual_seed(seed, tp_rank=place("tp"), ep_rank=place("ep"), etp_rank=place("etp"))
+
+    @contextmanager
+    def as_default(self) -> Iterator[None]:
+        """This model's ranks in the place of the world, for calls into Megatron that gather over the default group.
+
+        Ranks of another model have nothing to say there, and would be waited for.
+        """
+        c10d = dist.distributed_c10d
+        outer = c10d._get_default_group()
+        c10d._update_default_pg(self.world)
+        try:
+            yield
+        finally:
+            c10d._update_default_pg(outer)
 
     @property
     def tp(self) -> dist.ProcessGroup:
