@@ -21,10 +21,10 @@ from megatron_dgrpo.config.schema import Config, Model
 from megatron_dgrpo.data.dataset import PromptRow, read_rows
 from megatron_dgrpo.data.tokenizer import Tokenizer
 from megatron_dgrpo.errors import RolloutError
-from megatron_dgrpo.observe.records import Records
-from megatron_dgrpo.observe.timers import Phases
 from megatron_dgrpo.model.layouts import padding_unit
 from megatron_dgrpo.model.megatron_config import BuildOptions
+from megatron_dgrpo.observe.records import Records
+from megatron_dgrpo.observe.timers import Phases
 from megatron_dgrpo.packing.layout import Layout
 from megatron_dgrpo.packing.pack import PackedSequence, micro_batches
 from megatron_dgrpo.packing.trajectory import Trajectory

@@ -91,7 +91,9 @@ class Student:
         return {"grad_norm": norm, "lr": self._settings.lr * warm}
 
 
-def load_student(folder: str | Path, *, groups: Groups, options: BuildOptions, rope: RopeScaling | None = None) -> Student:
+def load_student(
+    folder: str | Path, *, groups: Groups, options: BuildOptions, rope: RopeScaling | None = None
+) -> Student:
     decoder = build_decoder(read_spec(folder, rope), groups=groups, options=options)
     import_weights(decoder, folder)
     return Student(decoder)

@@ -32,7 +32,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _config(files: Path, run_dir: Path, **changes: Any) -> dict[str, Any]:
-    """SFT for two steps, dGRPO for three at T = 0.7 with two updates per batch, one at T = 1; TP2, sequence parallel."""
+    """SFT for two steps, dGRPO for three at T = 0.7 with two updates per batch, one at T = 1; TP2 with SP."""
     data = {"path": str(files / "task/train.jsonl")}
     layout = {"tp": 2, "sequence_parallel": True}
     rewards = [{"kind": "exact_match"}]

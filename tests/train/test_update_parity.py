@@ -100,9 +100,7 @@ def _step(rank, world, folder, teacher_folder, trajectories, rewards, case):
         return Groups(tp=layout.tp, dp=layout.dp, pp=layout.pp, ep=layout.ep, etp=layout.etp, first_rank=first_rank)
 
     def options_of(layout, recompute="none"):
-        return BuildOptions(
-            case.dtype, sequence_parallel=layout.sequence_parallel, vpp=layout.vpp, recompute=recompute
-        )
+        return BuildOptions(case.dtype, sequence_parallel=layout.sequence_parallel, vpp=layout.vpp, recompute=recompute)
 
     groups = groups_of(case.student)
     taught_by = case.teacher or case.student
