@@ -70,7 +70,7 @@ def compute_gradients(student: Student, work: Work) -> dict[str, float]:
 
 @torch.no_grad()
 def old_logprobs(student: Student, work: Work) -> Streams:
-    """The streams with the log-probs of the live weights as the old ones (of this rank's rows, on the last stage; NaN elsewhere)."""
+    """The streams with the live log-probs as the old ones: of this rank's rows, on the last stage; NaN elsewhere."""
     old_N = torch.full((work.streams.num_tokens,), float("nan"), dtype=torch.float64)
 
     def keep(hidden: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, None]:
