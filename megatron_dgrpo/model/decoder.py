@@ -94,7 +94,7 @@ class Decoder(torch.nn.Module):
     def __init__(self, spec: ModelSpec, config: TransformerConfig, groups: Groups, layers: Any) -> None:
         super().__init__()
         self.spec, self.config, self.groups = spec, config, groups
-        self.parts = torch.nn.ModuleList(
+        self.parts: Any = torch.nn.ModuleList(
             Part(spec, config, groups, layers, number)
             for number in range(config.virtual_pipeline_model_parallel_size or 1)
         )

@@ -56,7 +56,8 @@ class FrozenTeacher:
         `sequences` are the whole batch, the same on all ranks.
         """
         made = self._forward(sequences, max_tokens) if self.decoder is not None else None
-        spread = self.rows_in == "host"
+        spread, everyone = self.rows_in == "host", dist.group.WORLD
+        assert everyone is not None
         rows = redistribute(
             made,
             sequences,
@@ -65,7 +66,7 @@ class FrozenTeacher:
             hidden_size=self.spec.hidden_size,
             dtype=self.options.dtype,
             spread=spread,
-            group=dist.group.WORLD,
+            group=everyone,
         )
         return rows.in_host_memory(self.student_groups.tp) if rows is not None and spread else rows
 
@@ -119,9 +120,7 @@ def load_teacher(
     return FrozenTeacher(spec, groups, student_groups, options, decoder, head, weights_in, rows_in)
 
 
-def _layers(
-    spec: ModelSpec, folder: str | Path, groups: Groups, options: BuildOptions, weights_in: Memory
-) -> Decoder:
+def _layers(spec: ModelSpec, folder: str | Path, groups: Groups, options: BuildOptions, weights_in: Memory) -> Decoder:
     decoder = build_decoder(spec, groups=groups, options=options)
     if groups.grid.last_stage:
         decoder.parts[-1].output_layer.weight = None  # before anything is written to it

@@ -54,9 +54,11 @@ class Student:
             params_dtype=dtype,
             use_distributed_optimizer=True,
         )
-        self._optimizer = get_megatron_optimizer(
-            config, self.wrapped, use_gloo_process_groups=False, pg_collection=self.decoder.groups.collection
-        )
+        groups = self.decoder.groups
+        with groups.as_default():  # it gathers the names of parameter groups
+            self._optimizer = get_megatron_optimizer(
+                config, self.wrapped, use_gloo_process_groups=False, pg_collection=groups.collection
+            )
         self._settings, self._updates = settings, 0
 
     @property

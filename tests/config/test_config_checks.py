@@ -108,7 +108,9 @@ def test_ranks_of_a_run() -> None:
 
     assert num_ranks() == 2
     assert num_ranks(("models.large.layout", {"tp": 2, "pp": 2})) == 4
-    assert num_ranks(("models.large.layout", {"tp": 2, "pp": 2}), ("teachers", [{"model": "large", "ranks": "own"}])) == 6
+    assert (
+        num_ranks(("models.large.layout", {"tp": 2, "pp": 2}), ("teachers", [{"model": "large", "ranks": "own"}])) == 6
+    )
 
 
 def test_teachers_and_beta() -> None:

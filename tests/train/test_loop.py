@@ -107,6 +107,22 @@ def test_a_run_from_its_start_to_an_exported_folder(files: Path, tmp_path: Path)
     assert not list(Path("/dev/shm").glob("dgrpo-*"))
 
 
+def test_a_pipeline_taught_from_other_ranks_with_rotary_embeddings_of_the_configs_choice(
+    files: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    config = _config(files, run_dir)
+    student = {"layout": {"pp": 2}, "rope": {"kind": "yarn", "factor": 4, "original_max_positions": 8}}
+    config["models"]["student"] |= student
+    config["models"]["teacher"]["layout"] = {"dp": 1}
+    config["teachers"] = [{"model": "teacher", "ranks": "own", "rows_in": "host"}]
+    assert train(load(_write(tmp_path, config))) == 0
+    updates = [r for r in read_metrics(run_dir / "metrics.jsonl").records if "update" in r and r["stage"] == "dgrpo"]
+    assert len(updates) == 7
+    for record in updates:  # engine and trainer turn by the same angles, and hold the same weights
+        assert record["mismatch/max"] <= 1e-4 and record["teacher_kl/kl"] > 0.01
+
+
 def _loads_in_transformers_and_differs(exported: Path, source: Path) -> None:
     from safetensors.torch import load_file
     from transformers import AutoTokenizer, Qwen3ForCausalLM

@@ -108,7 +108,12 @@ def _missing(config: Mapping[str, Any], family: Family) -> list[str]:
     heads, groups, hidden = "num_attention_heads", "num_key_value_heads", "hidden_size"
     if contradicts(heads, groups) and config[heads] % config[groups]:
         problems.append(f"{heads}={config[heads]} is no multiple of {groups}={config[groups]}")
-    if contradicts(hidden, heads) and not config.get("head_dim") and not family.head_dim and config[hidden] % config[heads]:
+    if (
+        contradicts(hidden, heads)
+        and not config.get("head_dim")
+        and not family.head_dim
+        and config[hidden] % config[heads]
+    ):
         problems.append(f"{hidden}={config[hidden]} is no multiple of {heads}={config[heads]}, and head_dim is missing")
     if family.experts and contradicts("num_experts", "num_experts_per_tok"):
         if config["num_experts_per_tok"] > config["num_experts"]:
