@@ -95,14 +95,14 @@ def _remove_left_over(aside: Path) -> None:
 
 def _finish(aside: Path, target: Path) -> None:
     (aside / _LOCK).unlink()
-    _sync(aside)
+    sync_folder(aside)
     if os.path.lexists(target):  # rename would replace an empty folder
         raise ConversionError(f"{target} was made by somebody else in the meantime; nothing was overwritten")
     aside.rename(target)
-    _sync(target.parent)
+    sync_folder(target.parent)
 
 
-def _sync(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Names reach the disk with their folder."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
