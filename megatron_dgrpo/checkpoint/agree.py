@@ -15,8 +15,9 @@ from megatron_dgrpo.errors import ConversionError, listing
 
 
 @contextmanager
-def agreed(group: dist.ProcessGroup) -> Iterator[None]:
-    """Raise on every rank of `group` if the body raised on any: its own error where it did, a summary elsewhere."""
+def agreed(group: dist.ProcessGroup | None) -> Iterator[None]:
+    """Raise on every rank of `group` (None: the world) if the body raised on any: its own
+    error where it did, a summary elsewhere."""
     failure: Exception | None = None
     try:
         yield

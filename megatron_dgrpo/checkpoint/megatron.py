@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -166,7 +167,8 @@ def load_megatron(decoder: Decoder, folder: str | Path) -> None:
     _, everyone = determine_global_metadata(described, process_group=group)
     with agreed(group):
         _check_fits(folder, saved, [entry for rank in everyone for entry in rank], decoder.spec)
-        with _damage_named(folder):
+        with _damage_named(folder), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint\..*")  # about Megatron's calls
             dist_checkpointing.load(described, str(folder / WEIGHTS), validate_access_integrity=False)
 
 
