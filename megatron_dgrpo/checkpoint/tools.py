@@ -11,6 +11,7 @@ import importlib
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -39,8 +40,10 @@ def _run(work: Callable[[], str]) -> int:
         with world():
             words = work()
     except DGRPOError as error:
-        if first:  # what fails on one rank is said on all
-            print(f"error: {error}", file=sys.stderr)
+        if first:  # what fails on one rank is known on all
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(2.0)  # torchrun ends the others as soon as one is gone: the first has something to say
         return 1
     if first:
         print(words)

@@ -139,9 +139,10 @@ def first_difference(expected: Outputs, found: Outputs) -> tuple[float, str | No
 
 
 def _differing_weights(decoder: Decoder, hf: Path, dtype: torch.dtype) -> list[str]:
-    """The tensors of which this rank's parts are not those of the folder, in the checkpoint's type."""
-    problems: dict[str, None] = {}
-    headers = check_tensors(hf, rules(decoder.spec), decoder.spec)
+    """The tensors that are not those of the folder, in the checkpoint's type, on any rank."""
+    differing: dict[str, None] = {}
+    with agreed(dist.group.WORLD):
+        headers = check_tensors(hf, rules(decoder.spec), decoder.spec)
     with (
         SafetensorsFolder(headers) as files,
         ByteProgress("comparing weights", held_bytes(decoder), shown=dist.get_rank() == 0) as progress,
@@ -149,9 +150,11 @@ def _differing_weights(decoder: Decoder, hf: Path, dtype: torch.dtype) -> list[s
         for rule, box, held in local_parts(decoder):
             for rows, part in _row_blocks(box, held):
                 if not torch.equal(files.read(rule.hf_name, rows).to(dtype), part.to(dtype).cpu()):
-                    problems[rule.hf_name] = None
+                    differing[rule.hf_name] = None
             progress(held.nbytes)
-    found = [f"{name} has other values" for name in problems]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, list(differing))
+    found = [f"{name} has other values" for name in dict.fromkeys(name for names in everyone for name in names)]
     return found[:_MOST_LISTED] + [f"and {len(found) - _MOST_LISTED} more"] * (len(found) > _MOST_LISTED)
 
 
