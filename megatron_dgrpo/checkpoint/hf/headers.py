@@ -44,7 +44,8 @@ def read_headers(folder: str | Path) -> dict[str, TensorHeader]:
         try:
             base, entries = _entries(path)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            problems.append(f"{path.name} is truncated or damaged ({error}): copy it again")
+            words = f"an entry of its header lacks {error}" if isinstance(error, KeyError) else error
+            problems.append(f"{path.name} is truncated or damaged ({words}): copy it again")
             mapped = {name: file for name, file in mapped.items() if file != path.name}
             continue
         for name, entry in entries.items():
