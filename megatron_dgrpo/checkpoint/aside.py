@@ -63,10 +63,14 @@ def readable(target: Path, needed_bytes: int) -> Iterator[None]:
         ) from error
 
 
-def _start(target: Path, aside: Path, needed_bytes: int) -> int:
-    """Make the folder and lock it."""
+def refuse_taken(target: Path) -> None:
     if os.path.lexists(target):
         raise ConversionError(f"{target} exists already; nothing was overwritten: remove it or choose another name")
+
+
+def _start(target: Path, aside: Path, needed_bytes: int) -> int:
+    """Make the folder and lock it."""
+    refuse_taken(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     if aside.exists():
         _remove_left_over(aside)

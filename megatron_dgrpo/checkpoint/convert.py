@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_dgrpo.checkpoint.agree import agreed
+from megatron_dgrpo.checkpoint.aside import refuse_taken
 from megatron_dgrpo.checkpoint.hf.exporter import export_folder, manifest
 from megatron_dgrpo.checkpoint.hf.families import read_spec
 from megatron_dgrpo.checkpoint.hf.headers import DTYPES, check_tensors
@@ -72,6 +73,7 @@ def hf_to_megatron(
     """Convert a Hugging Face folder; every rank of the world calls it. Returns what there is to say."""
     spec = read_spec(hf)
     with agreed(dist.group.WORLD):
+        refuse_taken(out)
         headers = check_tensors(hf, rules(spec), spec)
         notes = check_tokenizer(hf, spec)
     kinds = Counter(header.dtype for header in headers.values())
@@ -89,6 +91,8 @@ def hf_to_megatron(
 def megatron_to_hf(megatron: Path, out: Path, *, dtype: str | None = None) -> str:
     """Convert a Megatron checkpoint; every rank of the world calls it. Returns what there is to say."""
     about = read_about(megatron)
+    with agreed(dist.group.WORLD):
+        refuse_taken(out)
     target = getattr(torch, dtype) if dtype else about.dtype
     decoder = build_decoder(about.spec, groups=layout(about.spec, tp=None), dtype=about.dtype)
     load_megatron(decoder, megatron)
