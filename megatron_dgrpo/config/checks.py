@@ -94,24 +94,28 @@ def _model_names(config: Config) -> Iterator[str]:
 
 
 def _layouts(config: Config) -> Iterator[str]:
+    """What holds for any model; what a model's own sizes rule out is found when its config.json is read."""
     for name, model in config.models.items():
-        if model.layout.sequence_parallel and model.layout.tp == 1:
+        where, layout = f"models.{name}", model.layout
+        if layout.sequence_parallel and layout.tp == 1:
             yield (
-                f"models.{name}.layout.sequence_parallel: needs tensor parallelism; set models.{name}.layout.tp=2 or "
-                f"more, or models.{name}.layout.sequence_parallel=false"
+                f"{where}.layout.sequence_parallel: needs tensor parallelism; set {where}.layout.tp=2 or "
+                f"more, or {where}.layout.sequence_parallel=false"
             )
-    student = config.models.get(config.student)
-    for name in dict.fromkeys(teacher.model for teacher in config.teachers):
-        teacher = config.models.get(name)
-        if student is None or teacher is None:
-            continue
-        for axis in ("tp", "dp"):
-            ours, theirs = getattr(student.layout, axis), getattr(teacher.layout, axis)
-            if ours != theirs:
-                yield (
-                    f"models.{name}.layout.{axis}: {theirs}, but a teacher runs in the student's layout; "
-                    f"set models.{name}.layout.{axis}={ours}"
-                )
+        if layout.vpp > 1 and layout.pp == 1:
+            yield (
+                f"{where}.layout.vpp: {layout.vpp} parts of a pipeline stage, and there is no pipeline; set "
+                f"{where}.layout.pp=2 or more, or {where}.layout.vpp=1"
+            )
+        if layout.tp * layout.dp % (layout.etp * layout.ep):
+            yield (
+                f"{where}.layout.ep: etp x ep = {layout.etp * layout.ep} does not divide tp x dp = "
+                f"{layout.tp * layout.dp}, the ranks of a stage; choose a divisor, or raise {where}.layout.dp"
+            )
+        if model.fp8 is not None and model.dtype != "bfloat16":
+            yield f"{where}.fp8: the weights beside FP8 products are bfloat16; set {where}.dtype=bfloat16"
+        if model.fp8 is not None and model.layers == "local":
+            yield f"{where}.fp8: needs Transformer Engine's layers; set {where}.layers=te, or {where}.fp8=null"
 
 
 def _teachers(config: Config) -> Iterator[str]:

@@ -116,9 +116,10 @@ def _right_key(key: str, owner: type[BaseModel] | None, schema: type[BaseModel])
         if path.rpartition(".")[2] == key:
             elsewhere.setdefault(path, set()).add(kind)
     if elsewhere:
-        every_kind = {kind for _, kind in everywhere if kind}
+        section = lambda path: path.partition(".")[0]  # noqa: E731
+        every_kind = lambda of: {kind for path, kind in everywhere if kind and section(path) == section(of)}  # noqa: E731
         places = [
-            path if kinds in ({""}, every_kind) else f"{path} of kind {' or '.join(kinds)}"
+            path if kinds in ({""}, every_kind(path)) else f"{path} of kind {' or '.join(kinds)}"
             for path, kinds in elsewhere.items()
         ]
         return f"; it belongs at {' or at '.join(places)}"

@@ -24,12 +24,63 @@ class Layout(Frozen):
     """Tensor-parallel size: each layer's matrices and the vocabulary are cut into this many shards."""
     dp: PositiveInt = 1
     """Data-parallel size: replicas that work on different micro-batches."""
+    pp: PositiveInt = 1
+    """Pipeline stages: each has a part of the layers. The embedding and the head count as a layer each."""
+    vpp: PositiveInt = 1
+    """Virtual stages: each stage has so many parts that are not neighbours, for a shorter bubble (needs pp > 1)."""
+    ep: PositiveInt = 1
+    """Expert-parallel size: experts are spread over so many of a stage's tp x dp ranks."""
+    etp: PositiveInt = 1
+    """Tensor-parallel size of the experts; etp x ep divides tp x dp."""
     sequence_parallel: bool = False
     """Cut the activations between tensor-parallel regions along the sequence, too (needs tp > 1)."""
 
     @property
     def world_size(self) -> int:
-        return self.tp * self.dp
+        return self.tp * self.dp * self.pp
+
+
+class DefaultRope(Frozen):
+    """Rotary embeddings as they are, without any stretching."""
+
+    kind: Literal["default"]
+    base: PositiveFloat | None = None
+    """The model's own where none is given (rope_theta)."""
+
+
+class YarnRope(Frozen):
+    """YaRN: a context of factor x original_max_positions."""
+
+    kind: Literal["yarn"]
+    factor: Annotated[float, Field(ge=1)]
+    original_max_positions: PositiveInt
+    """Context that the model was trained with."""
+    base: PositiveFloat | None = None
+    """The model's own where none is given (rope_theta)."""
+    beta_fast: PositiveFloat = 32.0
+    """Dimensions that turn more often than this in the original context stay as they are."""
+    beta_slow: PositiveFloat = 1.0
+    """Dimensions that turn less often than this in the original context are stretched in full."""
+    attention_factor: PositiveFloat | None = None
+    """Multiplies cosine and sine; 0.1 ln(factor) + 1 where none is given."""
+
+
+class Llama3Rope(Frozen):
+    """Llama 3's way to a context of factor x original_max_positions."""
+
+    kind: Literal["llama3"]
+    factor: Annotated[float, Field(ge=1)]
+    original_max_positions: PositiveInt
+    """Context that the model was trained with."""
+    base: PositiveFloat | None = None
+    """The model's own where none is given (rope_theta)."""
+    low_freq_factor: PositiveFloat = 1.0
+    """Wavelengths above original_max_positions / low_freq_factor are stretched in full."""
+    high_freq_factor: PositiveFloat = 4.0
+    """Wavelengths below original_max_positions / high_freq_factor stay as they are."""
+
+
+RopeScaling = DefaultRope | YarnRope | Llama3Rope
 
 
 class Model(Frozen):
@@ -40,6 +91,14 @@ class Model(Frozen):
     dtype: DType = "bfloat16"
     """Type of the weights in training (the optimizer's master weights are float32 whenever this is bfloat16)."""
     layout: Layout = Layout()
+    rope: Annotated[RopeScaling, Field(discriminator="kind")] | None = None
+    """Other rotary embeddings than config.json names, in training, as a teacher and in engines."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """What backward computes again instead of keeping it: nothing, attention, or whole layers."""
+    layers: Literal["auto", "te", "local"] = "auto"
+    """Transformer Engine's linear layers or Megatron-Core's own; auto: the former where they and a GPU are there."""
+    fp8: Literal["tensorwise", "blockwise", "mxfp8"] | None = None
+    """Recipe of FP8 products, with weights in bfloat16 (needs Transformer Engine; mxfp8 needs Blackwell)."""
 
 
 class Engine(Frozen):
@@ -63,7 +122,7 @@ class Engine(Frozen):
     """How long the host may take to be ready."""
     request_timeout_s: PositiveFloat = 1800.0
     """How long a batch of requests may take."""
-    bucket_bytes: PositiveInt = 2**28
+    bucket_bytes: PositiveInt = 2**26
     """Weights arrive in buckets of this size (or of one tensor, where that is larger); two are in flight."""
 
 
@@ -72,6 +131,13 @@ class Teacher(Frozen):
 
     model: str
     """Name of the model."""
+    ranks: Literal["shared", "own"] = "shared"
+    """Run on the student's ranks (and further ones, where its layout is larger), or on ranks of its own after them."""
+    weights_in: Literal["device", "host"] = "device"
+    """Where its layers rest between uses: on the device, or in pinned host memory."""
+    rows_in: Literal["device", "host"] = "device"
+    """Where what it says of a batch waits for the student: on the device, or spread over the host memory of the
+    student's tensor-parallel ranks."""
 
 
 class Adam(Frozen):
@@ -104,7 +170,8 @@ class Sampling(Frozen):
 
     max_tokens: PositiveInt
     """Longest response, the end-of-sequence token included."""
-    temperature: PositiveFloat = 1.0
+    temperature: Annotated[float, Field(ge=0.01, le=2.0)] = 1.0
+    """0.01 to 2, which is vLLM's range."""
 
 
 class Reward(Frozen):
@@ -200,3 +267,10 @@ class Config(Frozen):
     evaluation: Evaluation | None = None
     stages: Annotated[tuple[Annotated[SFT | DGRPO, Field(discriminator="kind")], ...], Field(min_length=1)]
     """Run in order, each from the previous one's weights."""
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks of the student, and those of teachers that are not among them."""
+        own = self.models[self.student].layout.world_size
+        sizes = [(teacher, self.models[teacher.model].layout.world_size) for teacher in self.teachers]
+        return max([own, *(size + (own if teacher.ranks == "own" else 0) for teacher, size in sizes)])

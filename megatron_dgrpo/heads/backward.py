@@ -58,7 +58,7 @@ def backward_sweep(
     weight: WeightGradient | None,
     first_row: int = 0,
 ) -> None:
-    """Add the gradients of these rows' statistics, times `upstream`, to hidden states (from `first_row` on) and head."""
+    """Add the gradients of these rows' statistics times `upstream`; `first_row` is their place in `hidden`."""
     upstream = {name: c_T * sweep.scale for name, c_T in upstream.items()}
     topk_T, more = topk.gradient(upstream) if topk is not None else (None, [])
     shared, student_only = shared_slopes(facts, upstream, topk_T), student_only_slopes(facts, upstream)

@@ -22,7 +22,7 @@ from megatron_dgrpo.heads.sweep import Scratch
 @cache
 def _has_triton() -> bool:
     try:
-        import triton  # noqa: F401
+        import triton  # type: ignore[import-untyped]  # noqa: F401
     except ImportError:
         return False
     return True

@@ -24,15 +24,15 @@ from megatron_dgrpo.heads.sweep import Sweep
 def check_alpha(alpha: float) -> None:
     if not 0 < alpha < 1:
         raise ObjectiveError(
-            f"the JSD's alpha is {alpha}: its weight on the teacher lies between 0 and 1, and the JSD vanishes at either"
-            " end. For KL(teacher || student) ask for 'forward_kl', for KL(student || teacher) for 'kl'"
+            f"the JSD's alpha is {alpha}: its weight on the teacher lies between 0 and 1, and the JSD vanishes at"
+            " either end. For KL(teacher || student) ask for 'forward_kl', for KL(student || teacher) for 'kl'"
         )
 
 
 def student_over_mixture(logp_CV: Tensor, logq_CV: Tensor, alpha: float) -> Tensor:
     """log(P / M)."""
     d_CV = logq_CV - logp_CV
-    weight_CV = torch.where(d_CV > 0, 1 - alpha, alpha).to(d_CV.dtype)
+    weight_CV = (d_CV > 0).to(d_CV.dtype).mul_(1 - 2 * alpha).add_(alpha)  # 1 - alpha for d > 0, else alpha
     nearer_CV = -torch.log1p(weight_CV * torch.expm1(-d_CV.abs()))
     return nearer_CV - d_CV.clamp(min=0)
 

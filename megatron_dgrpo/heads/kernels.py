@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-import triton
-import triton.language as tl
+import triton  # type: ignore[import-untyped]
+import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 from megatron_dgrpo.heads.logit_gradient import Entries, Slopes

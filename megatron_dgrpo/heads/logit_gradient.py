@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,7 +62,8 @@ class Slopes:
         return any(x is not None for x in (self.by_gap_T, self.by_teacher_T, self.by_jsd_T))
 
     def rows(self, rows: slice) -> Slopes:
-        return replace(self, **{name: x[rows] for name, x in vars(self).items() if isinstance(x, Tensor)})
+        cut: dict[str, Any] = {name: x[rows] for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **cut)
 
 
 def student_only_slopes(facts: RowFacts, upstream: Mapping[str, Tensor]) -> Slopes:

@@ -110,8 +110,9 @@ class Sweep:
 
     def scratch(self, like_CV: Tensor) -> Scratch:
         """Two tensors of a tile's size, for element-wise work."""
-        get = self.workspace.get
-        return get("one", *like_CV.shape, like_CV.dtype), get("two", *like_CV.shape, like_CV.dtype)
+        rows, columns = like_CV.shape
+        one, two = (self.workspace.get(name, rows, columns, like_CV.dtype) for name in ("one", "two"))
+        return one, two
 
 
 class Chunk:
@@ -149,7 +150,8 @@ class Chunk:
         get, dtype = self.sweep.workspace.get, self.sweep.pair.dtype
         if not self.sweep.keep:
             return self._product(get(whose, self.rows.size, columns.size, dtype), whose, side, weight_VH, columns)
-        out_CV = get(whose, self.rows.size, all_columns, dtype)[:, columns.slice]
+        kept = get(whose, all_columns, self.rows.size, dtype)  # tile after tile, each contiguous
+        out_CV = kept[columns.slice].view(self.rows.size, columns.size)
         if (whose, columns.start) not in self._made:
             self._made.add((whose, columns.start))
             self._product(out_CV, whose, side, weight_VH, columns)

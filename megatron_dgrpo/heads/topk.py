@@ -110,7 +110,9 @@ class TopK:
                 state.take(logit_TN, other_TN, id_TN.to(torch.int32))
         for state in self.of.values():
             by_id_TK = state.id_TK.argsort(1)
-            order_TK = by_id_TK.gather(1, state.logit_TK.gather(1, by_id_TK).argsort(1, descending=True, stable=True))
+            order_TK = by_id_TK.gather(
+                1, state.logit_TK.gather(1, by_id_TK).argsort(dim=1, descending=True, stable=True)
+            )
             for x_TK in (state.logit_TK, state.other_TK, state.id_TK):
                 x_TK.copy_(x_TK.gather(1, order_TK))
 

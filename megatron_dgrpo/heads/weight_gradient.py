@@ -36,11 +36,13 @@ class WeightGradient:
     def finish(self, weight_VH: Tensor, factor: Tensor | None = None) -> Tensor | None:
         """Hand the sum, times the factor, to `main_grad`, or return it for autograd."""
         main_VH: Tensor | None = getattr(weight_VH, "main_grad", None)
-        if factor is not None:
-            self.sum_VH.mul_(factor)
         if main_VH is None:
+            if factor is not None:
+                self.sum_VH.mul_(factor)
             return self.sum_VH.to(weight_VH.dtype)
-        if self.sum_VH is not main_VH:
+        if factor is not None:
+            main_VH.addcmul_(self.sum_VH, factor)
+        elif self.sum_VH is not main_VH:
             main_VH.add_(self.sum_VH)
         if hasattr(weight_VH, "grad_added_to_main_grad"):
             weight_VH.grad_added_to_main_grad = True

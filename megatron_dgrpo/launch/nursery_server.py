@@ -11,7 +11,8 @@ way the owner came to an end (SIGKILL included), the server reads end-of-file an
   left its process group. So "kill my children until I have none" reaches every descendant.
 - Its children ask the kernel to be killed should the server itself die (PR_SET_PDEATHSIG); the owner then kills what is
   left of the server's process group.
-- The run's private folder and shared-memory files are removed last, when nobody is left to make new ones.
+- The run's private folder and shared-memory files are removed last, when nobody is left to make new ones: those named
+  with the run's prefix, and those that libraries (NCCL, vLLM's workers) made in descendants under names of their own.
 
 This holds only while no other process has a copy of the owner's end: that end is close-on-exec. The owner notices the
 server's death in the same way, so a forked child closes its copy of the server's end before it does anything else.
@@ -65,6 +66,14 @@ def _children_of(pid: int) -> list[int]:
     return found
 
 
+def _descendants() -> list[int]:
+    found, new = [], [os.getpid()]
+    while new:
+        new = [child for pid in new for child in _children_of(pid)]
+        found += new
+    return found
+
+
 class Server:
     def __init__(self, control: socket.socket) -> None:
         self.control = control
@@ -73,6 +82,8 @@ class Server:
         self.orphan_deadline: float | None = None
         self.private_dir: str | None = None
         self.shm_prefix: str | None = None
+        self.shared: set[str] = set()
+        self.start = time.time()
 
     def send(self, **message: Any) -> None:
         with contextlib.suppress(OSError):  # an owner that is gone is noticed where the socket is read
@@ -180,6 +191,7 @@ class Server:
                 self.running.discard(pid)
                 self.send(exited=pid, status=os.waitstatus_to_exitcode(status), time=time.monotonic())
                 if self.orphan_deadline is None and set(_children_of(os.getpid())) - self.running:
+                    self.note_shared_memory()  # while somebody still maps what the dead process made
                     self.orphan_deadline = time.monotonic() + _ORPHAN_GRACE_S
 
     # ---- the end ----
@@ -190,9 +202,23 @@ class Server:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
+    def note_shared_memory(self) -> None:
+        """Remember the shared-memory files that descendants map and that were made in this server's time."""
+        for pid in _descendants():
+            with contextlib.suppress(OSError), open(f"/proc/{pid}/maps") as maps:
+                for line in maps:
+                    path = line.rstrip("\n").partition("/dev/shm/")[2]
+                    if path and not path.startswith("dgrpo-"):  # another run's are that run's to remove
+                        with contextlib.suppress(OSError):
+                            if (
+                                os.stat(f"/dev/shm/{path}").st_ctime >= self.start - 1
+                            ):  # the file system's clock is coarse
+                                self.shared.add(f"/dev/shm/{path}")
+
     def clear_up(self) -> None:
         """Kill every descendant, then remove what the run left in memory and in its private folder."""
         start, me = time.monotonic(), os.getpid()
+        self.note_shared_memory()
         self.kill_all(self.running)
         while time.monotonic() < start + 30:  # a process in an uninterruptible wait must not hold the server for ever
             self.reap()
@@ -202,10 +228,10 @@ class Server:
             if time.monotonic() > start + _ORPHAN_GRACE_S / 2:
                 self.kill_all(left)
             time.sleep(0.01)
-        if self.shm_prefix:
-            for path in glob.glob(f"/dev/shm/{glob.escape(self.shm_prefix)}*"):
-                with contextlib.suppress(OSError):
-                    os.unlink(path)
+        named = glob.glob(f"/dev/shm/{glob.escape(self.shm_prefix)}*") if self.shm_prefix else []
+        for path in {*named, *self.shared}:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
         if self.private_dir:
             shutil.rmtree(self.private_dir, ignore_errors=True)
 
@@ -234,8 +260,11 @@ class Server:
             status = error.code if isinstance(error.code, int) else int(error.code is not None)
             if isinstance(error.code, str):
                 print(error.code, file=sys.stderr)
-        except BaseException:
-            traceback.print_exc()
+        except BaseException as error:
+            if any(kind.__name__ == "DGRPOError" for kind in type(error).__mro__):
+                print(f"{type(error).__name__}: {error}", file=sys.stderr)  # it names its cause and its remedy
+            else:
+                traceback.print_exc()
         finally:
             for stream in (sys.stdout, sys.stderr):
                 with contextlib.suppress(Exception):

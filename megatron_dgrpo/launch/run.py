@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from megatron_dgrpo.checkpoint.hf.families import read_spec, rope_parameters
 from megatron_dgrpo.config.checks import check_files
 from megatron_dgrpo.config.loader import dump
 from megatron_dgrpo.config.schema import Config, Engine, Model
@@ -21,17 +22,10 @@ def train(config: Config) -> int:
     resolved.write_text(dump(config), encoding="utf-8")
     with Supervisor(run_dir) as supervisor:
         names = used_engines(config)
-        supervisor.prepare("trainer", *(["engine"] if names else []))
-        addresses = {}
-        for name in names:
-            addresses[name] = f"unix:{supervisor.private_dir / f'{name}.sock'}"
-            engine = config.engines[name]
-            supervisor.start_engine(
-                f"engine-{name}",
-                "megatron_dgrpo.rollout.host:serve",
-                _engine_args(engine, config.models[engine.model], addresses[name], supervisor.key),
-                threads=engine.threads,
-            )
+        supervisor.prepare("trainer")
+        if names:
+            supervisor.prepare("engine")  # its imports take longest: they go on while the ranks start
+        addresses = {name: f"unix:{supervisor.private_dir / f'{name}.sock'}" for name in names}
         supervisor.start_ranks(
             "megatron_dgrpo.train.worker:main",
             {
@@ -40,9 +34,17 @@ def train(config: Config) -> int:
                 "key": supervisor.key,
                 "shm_prefix": supervisor.shm_prefix,
             },
-            world_size=config.models[config.student].layout.world_size,
+            world_size=config.num_ranks,
             threads=config.threads_per_rank,
         )
+        for name in names:
+            engine = config.engines[name]
+            supervisor.start_engine(
+                f"engine-{name}",
+                "megatron_dgrpo.rollout.host:serve",
+                _engine_args(engine, config.models[engine.model], addresses[name], supervisor.key),
+                threads=engine.threads,
+            )
         supervisor.watch()
     return 0
 
@@ -66,4 +68,13 @@ def _engine_args(engine: Engine, model: Model, address: str, key: str) -> dict[s
         "max_num_seqs": engine.max_num_seqs,
         "prefix_cache": engine.prefix_cache,
         "threads": engine.threads,
+        "hf_overrides": _rope(model),
     }
+
+
+def _rope(model: Model) -> dict[str, object]:
+    """The model's other rotary embeddings, in the form of its config.json."""
+    if model.rope is None:
+        return {}
+    spec = read_spec(model.path, model.rope)
+    return {"rope_parameters": rope_parameters(spec.rope), "max_position_embeddings": spec.max_positions}

@@ -1,8 +1,11 @@
 """Building a decoder on Megatron-Core. The choice of Megatron's class stands here and nowhere else.
 
 What is built is Megatron's GPTModel with three parts of this project's own: core attention (it knows packing), norms
-(they round as the rollout engine's do) and rotary embeddings (from explicit positions). Its forward takes a layout
-record and gives final hidden states: the vocabulary is the business of the heads.
+(they round as the rollout engine's do) and rotary embeddings (from explicit positions). It takes a layout record and
+gives final hidden states: the vocabulary is the business of the heads.
+
+A rank holds one part of a pipeline's layers, or with virtual stages several, which are not neighbours. A `Decoder` is
+all that a rank holds of a model, and its `parts` are what Megatron's schedules run.
 """
 
 from __future__ import annotations
@@ -11,16 +14,17 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_submodules
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 
+from megatron_dgrpo.config.schema import Layout as Axes
 from megatron_dgrpo.errors import LayoutError, listing
 from megatron_dgrpo.heads import HeadShard
-from megatron_dgrpo.model.attention import LayoutParams, PackedAttention
-from megatron_dgrpo.model.norm import RMSNorm
+from megatron_dgrpo.model.attention import LayoutParams
+from megatron_dgrpo.model.layers import block, choose_layers
+from megatron_dgrpo.model.layouts import layout_problems
+from megatron_dgrpo.model.megatron_config import BuildOptions, megatron_config
 from megatron_dgrpo.model.rotary import rotary_angles
 from megatron_dgrpo.model.spec import ModelSpec
 from megatron_dgrpo.packing.layout import Layout
@@ -28,73 +32,51 @@ from megatron_dgrpo.parallel import platform
 from megatron_dgrpo.parallel.groups import Groups
 
 
-def transformer_config(spec: ModelSpec, *, groups: Groups, dtype: torch.dtype, sequence_parallel: bool) -> Any:
-    """Megatron's configuration of this model on this layout. Fusions that need CUDA extensions are off."""
-    grid = groups.grid
-    return TransformerConfig(
-        num_layers=spec.num_layers,
-        hidden_size=spec.hidden_size,
-        ffn_hidden_size=spec.ffn_size,
-        num_attention_heads=spec.num_heads,
-        num_query_groups=spec.num_kv_heads,
-        kv_channels=spec.head_dim,
-        normalization="RMSNorm",
-        layernorm_epsilon=spec.norm_eps,
-        qk_layernorm=spec.qk_norm,
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        add_bias_linear=False,
-        attention_dropout=0.0,
-        hidden_dropout=0.0,
-        tensor_model_parallel_size=grid.tp,
-        context_parallel_size=grid.cp,
-        pipeline_model_parallel_size=grid.pp,
-        sequence_parallel=sequence_parallel,
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        bf16=dtype == torch.bfloat16,
-        perform_initialization=False,
-        use_cpu_initialization=not torch.cuda.is_available(),
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        gradient_accumulation_fusion=False,
-        masked_softmax_fusion=False,
-        apply_rope_fusion=False,
-        calculate_per_token_loss=True,  # the weights of the streams carry the whole normalisation
-    )
+class Part(GPTModel):
+    """Consecutive layers, with the embedding before the first and the final norm after the last of the model.
 
+    Layout record in, hidden states `[s, 1, h]` (`[s / tp, 1, h]` under sequence parallelism) out: the final ones, or
+    those to send to the next part.
+    """
 
-def _block(config: TransformerConfig, spec: ModelSpec, pp_rank: int) -> TransformerBlockSubmodules:
-    layer = get_gpt_layer_local_submodules(qk_layernorm=spec.qk_norm, normalization="RMSNorm")
-    layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
-    attention = layer.self_attention.submodules
-    attention.core_attention = PackedAttention
-    if spec.qk_norm:
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
-    specs = [ModuleSpec(module=TransformerLayer, submodules=layer)] * get_num_layers_to_build(config, pp_rank=pp_rank)
-    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=RMSNorm)
-
-
-class Decoder(GPTModel):
-    """Layout record in, final hidden states `[s, 1, h]` (`[s / tp, 1, h]` under sequence parallelism) out."""
-
-    def __init__(self, spec: ModelSpec, config: TransformerConfig, groups: Groups) -> None:
+    def __init__(self, spec: ModelSpec, config: TransformerConfig, groups: Groups, layers: Any, number: int) -> None:
+        split, stage = config.pipeline_model_parallel_layout, groups.grid.coordinate("pp")
+        virtual = config.virtual_pipeline_model_parallel_size or 1
+        vp_stage = number if virtual > 1 else None
         super().__init__(
             config=config,
-            transformer_layer_spec=_block(config, spec, groups.grid.coordinate("pp")),
+            transformer_layer_spec=block(
+                spec, split.get_num_layers_to_build(vp_stage=vp_stage) if split else spec.num_layers, layers
+            ),
             vocab_size=spec.padded_vocab_size(groups.grid.tp),
             max_sequence_length=spec.max_positions,
+            pre_process=stage == 0 and number == 0,
+            post_process=stage == groups.grid.pp - 1 and number == virtual - 1,
             share_embeddings_and_output_weights=spec.tied,
             position_embedding_type="none",
             parallel_output=True,
             pg_collection=groups.collection,
+            vp_stage=vp_stage,
         )
         self.spec, self.groups = spec, groups
+        for layer in self.decoder.layers:  # Megatron multiplies cosine and sine by it; it has no setting that means it
+            assert layer.self_attention._yarn_concentration_factor == 1.0
+            layer.self_attention._yarn_concentration_factor = spec.rope.attention_factor
 
     def _preprocess(self, input_ids: Any, position_ids: Any, **kwargs: Any) -> tuple[Any, ...]:
-        prepared = super()._preprocess(input_ids=input_ids, position_ids=position_ids, **kwargs)
-        angles = rotary_angles(position_ids[0], self.spec.rope, self.spec.head_dim)
-        return (prepared[0], angles, *prepared[2:])
+        hidden, _, *rest = super()._preprocess(input_ids=input_ids, position_ids=position_ids, **kwargs)
+        padding = kwargs["packed_seq_params"].layout.num_padding
+        if self.pre_process and padding:
+            hidden = self._without_padding(hidden, input_ids.shape[1], padding)
+        return (hidden, rotary_angles(position_ids[0], self.spec.rope, self.spec.head_dim), *rest)
+
+    def _without_padding(self, hidden: torch.Tensor, length: int, padding: int) -> torch.Tensor:
+        """Zero for tokens that only pad, and so zero in every layer: they must not widen the range of an FP8 scale."""
+        keep = hidden.new_ones(length, 1, 1)
+        keep[length - padding :] = 0
+        if self.config.sequence_parallel:
+            keep = scatter_to_sequence_parallel_region(keep, group=self.groups.tp)
+        return hidden * keep
 
     def forward(self, layout: Layout) -> torch.Tensor:  # type: ignore[override]
         where = platform.device()
@@ -106,17 +88,93 @@ class Decoder(GPTModel):
             output_processor=lambda hidden_states, **_: hidden_states,
         )
 
+    def tie_embeddings_and_output_weights_state_dict(
+        self, described: Any, output_key: str, embedding_key: str, metadata: Any = None
+    ) -> None:
+        """In a checkpoint the last stage's tied head is one more copy of the embedding.
+
+        Megatron's own form asks its global state for the data-parallel rank.
+        """
+        if self.post_process and not self.pre_process:
+            group = self.groups.dp_cp
+            described[output_key] = make_tp_sharded_tensor_for_checkpoint(
+                tensor=self.shared_embedding_or_output_weight(),
+                key=embedding_key,
+                replica_id=(1, 0, group.rank()),
+                allow_shape_mismatch=True,
+                tp_group=self.groups.tp,
+                dp_cp_group=group,
+            )
+
+
+class Decoder(torch.nn.Module):
+    """All that this rank holds of a model."""
+
+    def __init__(self, spec: ModelSpec, config: TransformerConfig, groups: Groups, layers: Any) -> None:
+        super().__init__()
+        self.spec, self.config, self.groups = spec, config, groups
+        self.parts = torch.nn.ModuleList(
+            Part(spec, config, groups, layers, number)
+            for number in range(config.virtual_pipeline_model_parallel_size or 1)
+        )
+
+    def sharded_state_dict(self, **kwargs: Any) -> dict[str, Any]:
+        """Megatron's, under the names that `load_state_dict` takes; in the checkpoint no name tells of parts."""
+        return {
+            f"parts.{number}.{name}": tensor
+            for number, part in enumerate(self.parts)
+            for name, tensor in part.sharded_state_dict(**kwargs).items()
+        }
+
     def head(self) -> HeadShard:
-        """This rank's shard of the output head, for the heads to multiply with."""
-        weight = self.shared_embedding_or_output_weight() if self.spec.tied else self.output_layer.weight
-        start = self.groups.grid.coordinate("tp") * weight.shape[0]
-        return HeadShard(weight, start, max(0, min(weight.shape[0], self.spec.vocab_size - start)))
+        """This rank's shard of the output head, for the heads to multiply with. The last stage has it."""
+        assert self.groups.grid.last_stage
+        last = self.parts[-1]
+        weight = last.shared_embedding_or_output_weight() if self.spec.tied else last.output_layer.weight
+        return HeadShard(weight, *self.spec.vocabulary_shard(self.groups.grid.coordinate("tp"), self.groups.grid.tp))
 
 
-def build_decoder(spec: ModelSpec, *, groups: Groups, dtype: torch.dtype, sequence_parallel: bool = False) -> Decoder:
+def build_decoder(spec: ModelSpec, *, groups: Groups, options: BuildOptions) -> Decoder:
     """A decoder with uninitialised weights, on this rank's device."""
-    problems = spec.layout_problems(groups.grid.tp)
+    grid = groups.grid
+    axes = Axes(
+        tp=grid.tp,
+        dp=grid.dp,
+        pp=grid.pp,
+        vpp=options.vpp,
+        ep=grid.ep,
+        etp=grid.etp,
+        sequence_parallel=options.sequence_parallel,
+    )
+    problems = layout_problems(spec, axes)
     if problems:
         raise LayoutError(listing(f"{spec.architecture} does not fit the layout:", problems))
-    config = transformer_config(spec, groups=groups, dtype=dtype, sequence_parallel=sequence_parallel)
-    return Decoder(spec, config, groups).to(platform.device())
+    layers = choose_layers(options.layers, options.fp8)
+    config = megatron_config(spec, grid, options, layers)
+    return Decoder(spec, config, groups, layers).to(platform.device())
+
+
+def local_parameters(decoder: Decoder) -> dict[str, torch.nn.Parameter]:
+    """This rank's parameters under Megatron's names, with the global numbers of layers and experts.
+
+    A tied model's last stage has a copy of the embedding where its head would be: it goes by the embedding's name.
+    Grouped experts are named as single ones are.
+    """
+    spec, grid = decoder.spec, decoder.groups.grid
+    first_expert = grid.coordinate("ep") * (spec.num_experts // grid.ep)
+    named = {}
+    for part in decoder.parts:
+        for name, parameter in part.named_parameters():
+            words = name.split(".")
+            if words[:2] == ["decoder", "layers"]:
+                words[2] = str(part.decoder.layers[int(words[2])].layer_number - 1)
+            if "experts" in words and words[-1] != "weight":  # ... experts.linear_fc1.weight3
+                at = words.index("experts") + 1
+                words[at:] = ["local_experts", words[-1].removeprefix("weight"), words[at], "weight"]
+            if "local_experts" in words:
+                at = words.index("local_experts") + 1
+                words[at] = str(int(words[at]) + first_expert)
+            if words[0] == "output_layer" and spec.tied:
+                words = ["embedding", "word_embeddings", "weight"]
+            named[".".join(words)] = parameter
+    return named

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,9 @@ from megatron_dgrpo.observe.console import Console
 from megatron_dgrpo.observe.metrics import MetricsWriter
 from megatron_dgrpo.observe.timers import Phases
 
+_CONSOLE_S = 1.0
+"""Steps that follow one another faster are in metrics.jsonl only; first and last ones and evaluations always show."""
+
 
 class Records:
     """Of one process: rank 0's."""
@@ -18,6 +22,7 @@ class Records:
     def __init__(self, folder: str | Path, console: Console | None = None) -> None:
         self._writer = MetricsWriter(Path(folder) / "metrics.jsonl")
         self._console = console or Console()
+        self._shown_at = -math.inf
         if self._writer.torn_bytes:
             self.note(f"cut {self._writer.torn_bytes} bytes of an unfinished line off {self._writer.path}")
 
@@ -44,7 +49,9 @@ class Records:
             if "tokens" in values and elapsed > 0:
                 record["tokens_per_s"] = float(values["tokens"]) / elapsed
         self._writer.write(record)
-        self._console.step(stage, step, steps, record)
+        if step in (0, 1, steps) or "heldout/reward" in values or time.monotonic() - self._shown_at >= _CONSOLE_S:
+            self._console.step(stage, step, steps, record)
+            self._shown_at = time.monotonic()
 
     def note(self, words: str) -> None:
         """For whoever watches; not a metric."""

@@ -63,8 +63,32 @@ def share(sequences: Sequence[PackedSequence], rank: int, size: int) -> list[Pac
     return sorted(mine, key=lambda s: s.first_stream)
 
 
+def micro_batches(
+    sequences: Sequence[PackedSequence],
+    *,
+    rank: int,
+    size: int,
+    max_tokens: int,
+    multiple_of: int = 1,
+    rounds_of: int = 1,
+) -> list[Layout]:
+    """One data-parallel rank's micro-batches. All ranks have as many, and a multiple of `rounds_of`.
+
+    Experts are shared by data-parallel ranks, which therefore meet in every layer of every micro-batch, and virtual
+    pipeline stages take micro-batches in rounds. What a rank lacks is made up for by micro-batches of padding.
+    """
+    bins = [_bins(share(sequences, other, size), max_tokens, multiple_of) for other in range(size)]
+    count = -(-max(1, *(len(members) for members in bins)) // rounds_of) * rounds_of
+    mine = bins[rank]
+    return [_layout(members, multiple_of) for members in [*mine, *[[]] * (count - len(mine))]]
+
+
 def pack(sequences: Sequence[PackedSequence], *, max_tokens: int, multiple_of: int = 1) -> list[Layout]:
     """Micro-batches of at most `max_tokens`, each padded to a multiple; at least one, so that no rank is without."""
+    return [_layout(members, multiple_of) for members in _bins(sequences, max_tokens, multiple_of) or [[]]]
+
+
+def _bins(sequences: Sequence[PackedSequence], max_tokens: int, multiple_of: int) -> list[list[PackedSequence]]:
     room = max_tokens // multiple_of * multiple_of
     too_long = [f"{s.name} has {len(s.tokens_T)} tokens" for s in sequences if len(s.tokens_T) > room]
     if too_long:
@@ -82,7 +106,7 @@ def pack(sequences: Sequence[PackedSequence], *, max_tokens: int, multiple_of: i
         best = min(fitting, key=lambda i: free[i])
         bins[best].append(item)
         free[best] -= len(item.tokens_T)
-    return [_layout(members, multiple_of) for members in bins or [[]]]
+    return bins
 
 
 def _layout(members: Sequence[PackedSequence], multiple_of: int) -> Layout:

@@ -1,7 +1,9 @@
-"""How ranks wait for each other without a collective: counters and keys in a store, a deadline, and a key for failures.
+"""How ranks wait for each other without a collective: counters and keys in a store, a deadline, a key for failures.
 
 Whoever waits looks at the failure key as well, so a rank that could not go on ends the others within milliseconds, with
-its own words. The last rank to leave removes the keys.
+its own words. A topic may be used again and again, by all ranks as often: each rank counts its turns in the store, and
+the keys of a turn are its own. So a rank may be a turn ahead, or late for one that another has given up already. The
+last rank to leave a turn removes its keys.
 """
 
 from __future__ import annotations
@@ -21,27 +23,21 @@ Answer = TypeVar("Answer")
 
 class Board:
     def __init__(self, store: Store, topic: str, *, rank: int, num_ranks: int, deadline_s: float) -> None:
-        self.topic, self.rank, self.num_ranks = topic, rank, num_ranks
-        self._store = PrefixStore(topic, store)
+        self.rank, self.num_ranks = rank, num_ranks
         self._deadline = time.monotonic() + deadline_s
-        self._entered = False
+        turn = self._ask(lambda: store.add(f"{topic}/turns/{rank}", 1))
+        self._store = PrefixStore(f"{topic}/{turn}", store)
 
     def left(self) -> float:
         """Seconds until the deadline; what waits for something else gets no more than these."""
         return max(0.001, self._deadline - time.monotonic())
 
-    def enter(self) -> None:
-        self._entered = self._ask(lambda: self._store.add("entered", 1)) <= self.num_ranks
-        if not self._entered:
-            raise TransferError(f"{self.topic} was begun before and has not ended well: a topic is used once")
-
     def leave(self, keys: Iterable[str]) -> None:
         """Say that this rank needs nothing more; the last one removes the keys. Never raises."""
-        if self._entered:
-            with contextlib.suppress(RuntimeError):  # a store that is gone has no keys to remove
-                if self._store.add("left", 1) == self.num_ranks:
-                    for key in (*keys, "failure", "entered", "left"):
-                        self._store.delete_key(key)
+        with contextlib.suppress(RuntimeError):  # a store that is gone has no keys to remove
+            if self._store.add("left", 1) == self.num_ranks:
+                for key in (*keys, "failure", "left"):
+                    self._store.delete_key(key)
 
     def publish(self, key: str, value: bytes) -> None:
         self._ask(lambda: self._store.set(key, value))  # type: ignore[arg-type]
@@ -56,12 +52,12 @@ class Board:
                 self._store.set("failure", text)
 
     def await_count(self, counter: str, value: int, what: str) -> None:
-        self._wait(lambda: self._store.check([counter]) and int(self._store.get(counter)) >= value or None, what)
+        self._poll(lambda: self._store.check([counter]) and int(self._store.get(counter)) >= value or None, what)
 
     def await_key(self, key: str, what: str) -> bytes:
-        return self._wait(lambda: self._store.get(key) if self._store.check([key]) else None, what)
+        return self._poll(lambda: self._store.get(key) if self._store.check([key]) else None, what)
 
-    def _wait(self, probe: Callable[[], Answer | None], what: str) -> Answer:
+    def _poll(self, probe: Callable[[], Answer | None], what: str) -> Answer:
         sleep = 0.0002
         while (answer := self._ask(probe)) is None:
             if self._ask(lambda: self._store.check(["failure"])):

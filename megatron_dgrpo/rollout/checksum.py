@@ -3,8 +3,8 @@
     c(T) = sum over the words x at row-major position i of  x * (2 i + 1)   mod 2**48
 
 A word is an element's bits as an integer; elements of eight bytes are two words. Positions make the sum sensitive to
-boxes in each other's place, and any single change is seen, since 2 i + 1 is odd; being a sum, it does not depend on how T
-was cut. It is there to find mistakes, not attackers. Axes suffix: `_N` words.
+boxes in each other's place, and any single change is seen, since 2 i + 1 is odd; being a sum, it does not depend on
+how T was cut. It is there to find mistakes, not attackers. Axes suffix: `_N` words.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ class EngineClient:
         self._connection = connection
         self._calls = itertools.count(1)
         self._mail: dict[int, list[Any]] = {}
+        self._buckets: set[int] = set()
 
     @classmethod
     def connect(cls, address: str, key: str, *, deadline_s: float, owner: bool = True, name: str = "") -> Self:
@@ -61,8 +62,8 @@ class EngineClient:
 
     # ---- generation ----
 
-    def generate(self, requests: Sequence[m.GenerateRequest], *, deadline_s: float) -> Iterator[m.Completion]:
-        """The requests are sent at once; completions come as they end, in no order. Stopping early cancels the rest."""
+    def generate(self, requests: Sequence[m.GenerateRequest], *, deadline_s: float) -> Completions:
+        """The requests are sent at once; completions come as they end, in no order."""
         twice = [name for name, count in Counter(r.prompt_id for r in requests).items() if count > 1]
         if twice:
             raise RolloutError(
@@ -71,21 +72,7 @@ class EngineClient:
         deadline = time.monotonic() + deadline_s
         call = self._open()
         self._send(m.Generate(call, tuple(requests)), deadline_s)
-        return self._completions(call, sum(len(r.seeds) for r in requests), deadline)
-
-    def _completions(self, call: int, num_samples: int, deadline: float) -> Iterator[m.Completion]:
-        num_left = num_samples
-        try:
-            while num_left:
-                awaited = f"{num_left} of {num_samples} samples"
-                answer = self._next(call, m.Completed, deadline - time.monotonic(), awaited)
-                num_left -= 1
-                yield answer.completion
-        finally:
-            self._mail.pop(call, None)
-            if num_left:
-                with contextlib.suppress(RolloutError):  # if the host has gone, there is nothing to cancel
-                    self._send(m.Cancel(call))
+        return Completions(self, call, sum(len(r.seeds) for r in requests), deadline)
 
     # ---- weights ----
 
@@ -108,10 +95,12 @@ class EngineClient:
         """Tell the engine that these tensors lie in the file. Returns what `bucket_loaded` needs."""
         call = self._open()
         self._send(m.LoadBucket(call, tuple(names), tuple(offsets), tuple(checksums)), deadline_s)
+        self._buckets.add(call)
         return call
 
     def bucket_loaded(self, call: int, *, deadline_s: float) -> None:
         """Wait until the engine has read a bucket: its place in the file may be overwritten."""
+        self._buckets.discard(call)
         self._answer(call, m.Done, deadline_s, "the end of its reading a bucket of weights")
 
     def finish_update(self, version: int, *, deadline_s: float) -> None:
@@ -121,6 +110,8 @@ class EngineClient:
 
     def abandon_update(self, *, deadline_s: float = _SHORT_S) -> None:
         """Give up a half-done update; the engine generates again once another was finished."""
+        while self._buckets:
+            self._mail.pop(self._buckets.pop(), None)
         call = self._open()
         self._send(m.AbandonUpdate(call), deadline_s)
         self._answer(call, m.Done, deadline_s, "its leave to give up an update")
@@ -156,3 +147,37 @@ class EngineClient:
         if not isinstance(message, kind):
             raise RolloutError(f"{self.name} answered with a {type(message).__name__}; waited for {awaiting}")
         return message
+
+
+class Completions:
+    """An iterator over the samples of one call. Closing it, or letting go of it, cancels those that have not ended."""
+
+    def __init__(self, client: EngineClient, call: int, num_samples: int, deadline: float) -> None:
+        self._client, self._call, self._deadline = client, call, deadline
+        self._num_samples = self._num_left = num_samples
+
+    def __iter__(self) -> Iterator[m.Completion]:
+        return self
+
+    def __next__(self) -> m.Completion:
+        if not self._num_left:
+            raise StopIteration
+        awaited = f"{self._num_left} of {self._num_samples} samples"
+        try:
+            answer = self._client._next(self._call, m.Completed, self._deadline - time.monotonic(), awaited)
+        except BaseException:
+            self.close()
+            raise
+        self._num_left -= 1
+        if not self._num_left:
+            self.close()
+        return answer.completion
+
+    def close(self) -> None:
+        if self._client._mail.pop(self._call, None) is not None and self._num_left:
+            with contextlib.suppress(RolloutError):  # if the host has gone, there is nothing to cancel
+                self._client._send(m.Cancel(self._call))
+        self._num_left = 0
+
+    def __del__(self) -> None:
+        self.close()

@@ -31,7 +31,7 @@ _MIN_BATCHED_TOKENS = 8192
 
 
 class Engine:
-    """`whole` says whether every weight is of `weight_version`; nothing may be generated while it is False."""
+    """Nothing may be generated while it is not `whole`."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class Engine:
         max_num_seqs: int,
         prefix_cache: bool,
         threads: int,
-        seed: int,
+        hf_overrides: dict[str, Any] | None = None,
     ) -> None:
         torch.set_num_threads(threads)  # vLLM's CPU worker makes this call a no-op from there on
         if current_platform.is_cpu():
@@ -57,7 +57,8 @@ class Engine:
                 skip_tokenizer_init=True,
                 generation_config="vllm",  # sampling is what a request says, and nothing that lies in the folder
                 dtype=dtype,  # type: ignore[arg-type]
-                seed=seed,
+                hf_overrides=hf_overrides or {},  # in place of what config.json says
+                seed=0,  # of nothing that is used: every sample has its own
                 max_model_len=max_model_len,
                 kv_cache_memory_bytes=kv_cache_bytes,
                 max_num_seqs=max_num_seqs,
@@ -75,7 +76,7 @@ class Engine:
         assert not self.llm.vllm_config.scheduler_config.enable_chunked_prefill, "seeds would not repeat"
         self.vocab_size = self.model_config.get_vocab_size()
         self.weight_version = 0
-        self.whole = True
+        self._mixed = False  # weights of two versions, or blocks of the prefix cache that others computed
         self._updating = False
         self._unfinished: dict[str, tuple[GenerateRequest, int]] = {}
         self.llm.set_weight_version("0")
@@ -170,8 +171,13 @@ class Engine:
 
     # ---- weights ----
 
+    @property
+    def whole(self) -> bool:
+        """Whether every weight is of `weight_version`, and no update is under way that could change that."""
+        return not (self._mixed or self._updating)
+
     def begin_update(self, message: BeginUpdate) -> None:
-        """Check the manifest; if it fits, the engine is not whole until the update is finished."""
+        """Check the manifest, and change nothing yet: an update that is given up now leaves the engine as it was."""
         if self.num_unfinished:
             raise RolloutError(
                 f"{self.num_unfinished} samples are unfinished: wait for them or cancel them before an update"
@@ -188,7 +194,7 @@ class Engine:
             },
         )
         self._rpc("start_weight_update")
-        self._updating, self.whole = True, False
+        self._updating = True
 
     def load_bucket(self, message: LoadBucket) -> None:
         self._in_update()
@@ -197,6 +203,7 @@ class Engine:
             "offsets": list(message.offsets),
             "checksums": list(message.checksums),
         }
+        self._mixed = True
         try:
             self._rpc("update_weights", update_info=update_info)
         except Exception:
@@ -213,10 +220,10 @@ class Engine:
         self._updating = False
         self._reset_prefix_cache()
         self.llm.set_weight_version(str(version))
-        self.weight_version, self.whole = version, True
+        self.weight_version, self._mixed = version, False
 
     def abandon_update(self) -> None:
-        """End an update that is under way, if one is. The engine is whole again only after the next."""
+        """End an update that is under way, if one is. If it has loaded anything, another makes the engine whole."""
         if self._updating:
             self._updating = False
             try:

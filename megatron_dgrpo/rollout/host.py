@@ -41,10 +41,10 @@ def serve(
     dtype: str,
     max_model_len: int,
     kv_cache_bytes: int,
-    max_num_seqs: int = 256,
-    prefix_cache: bool = True,
-    threads: int = 1,
-    seed: int = 0,
+    max_num_seqs: int,
+    prefix_cache: bool,
+    threads: int,
+    hf_overrides: dict[str, Any] | None = None,
 ) -> None:
     """Load a model, listen, serve until the last owner has gone."""
     os.environ.update(_ENVIRONMENT, OMP_NUM_THREADS=str(threads))
@@ -62,7 +62,7 @@ def serve(
         max_num_seqs=max_num_seqs,
         prefix_cache=prefix_cache,
         threads=threads,
-        seed=seed,
+        hf_overrides=hf_overrides,
     )
     server = Server(address, key)
     try:

@@ -59,13 +59,12 @@ def push_weights(
     once all engines have the new version.
 
     `shards` yields what this rank holds, in the manifest's order; `manifest` is the whole model, the same on all ranks.
-    `clients` are the engines, on rank 0 only. One version is pushed once. With `checksums`, every tensor's is computed
-    by those who write it and compared by the engines. After an error the engines refuse to generate until a later push
+    `clients` are the engines, on rank 0 only. With `checksums`, every tensor's is computed by those who write it and
+    compared by the engines. After an error the engines refuse to generate until a later push
     has succeeded, unless it came before the first byte moved.
     """
-    board = Board(store, f"push_weights/{version}", rank=rank, num_ranks=num_ranks, deadline_s=deadline_s)
+    board = Board(store, "push_weights", rank=rank, num_ranks=num_ranks, deadline_s=deadline_s)
     try:
-        board.enter()
         push = _Push(plan_buckets(manifest, bucket_bytes), manifest, board, clients, checksums)
         with push.mapped_file(version, shm_prefix):
             push.move(ShardReader(shards, manifest))
@@ -105,9 +104,11 @@ class _Push:
                 self.path = os.path.join(_SHM, f"{prefix}weights-{secrets.token_hex(6)}")
                 self._create()
                 self._offer(version)
-                self.board.publish("path", self.path.encode())
+                self.board.publish("path", json.dumps([version, self.path]).encode())
             else:
-                self.path = self.board.await_key("path", "rank 0 to create the shared file").decode()
+                its_version, self.path = json.loads(self.board.await_key("path", "rank 0 to create the shared file"))
+                if its_version != version:
+                    raise TransferError(f"it was told to push version {version}, and rank 0 version {its_version}")
             self.file = self._map()
             yield
         finally:

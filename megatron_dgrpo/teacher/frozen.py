@@ -1,55 +1,186 @@
-"""A frozen teacher on the student's ranks: no gradients, no optimizer state, weights straight from its folder."""
+"""A frozen teacher: no gradients, no optimizer state, weights straight from its folder, in a layout of its own.
+
+Its ranks are the student's, some of them, or others. A rank may thus hold a part of the teacher (its layers), a part of
+its head (the student's last stage, where the heads are), both or neither. The teacher's own last stage keeps no head:
+nothing multiplies with it there.
+
+Between uses its layers rest on the device or in pinned host memory.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
+import torch.distributed as dist
 
 from megatron_dgrpo.checkpoint.hf.families import read_spec
 from megatron_dgrpo.checkpoint.hf.importer import import_weights, read_head
+from megatron_dgrpo.config.schema import RopeScaling
 from megatron_dgrpo.heads import HeadShard, gather_rows
 from megatron_dgrpo.model.decoder import Decoder, build_decoder
+from megatron_dgrpo.model.layouts import padding_unit
+from megatron_dgrpo.model.megatron_config import BuildOptions
+from megatron_dgrpo.model.schedule import run_schedule
+from megatron_dgrpo.model.spec import ModelSpec
 from megatron_dgrpo.packing.layout import Layout
+from megatron_dgrpo.packing.pack import PackedSequence, micro_batches
 from megatron_dgrpo.parallel import platform
 from megatron_dgrpo.parallel.groups import Groups
+from megatron_dgrpo.teacher.redistribution import redistribute
 from megatron_dgrpo.teacher.rows import TeacherRows
 
+Memory = Literal["device", "host"]
 
+
+@dataclass(frozen=True)
 class FrozenTeacher:
-    def __init__(self, decoder: Decoder, head: HeadShard) -> None:
-        self.decoder, self.head = decoder.requires_grad_(False).eval(), head
+    spec: ModelSpec
+    groups: Groups
+    student_groups: Groups
+    options: BuildOptions
+    decoder: Decoder | None
+    """This rank's part of the layers."""
+    head: HeadShard | None
+    """This rank's part of the head, cut at the student's vocabulary boundaries."""
+    weights_in: Memory
+    rows_in: Memory
+
+    def rows(self, sequences: Sequence[PackedSequence], *, max_tokens: int) -> TeacherRows | None:
+        """Rows of the student's loss tokens, on the student's last stage. Every rank of the world calls it.
+
+        `sequences` are the whole batch, the same on all ranks.
+        """
+        made = self._forward(sequences, max_tokens) if self.decoder is not None else None
+        spread = self.rows_in == "host"
+        rows = redistribute(
+            made,
+            sequences,
+            teacher=self.groups.grid,
+            student=self.student_groups.grid,
+            hidden_size=self.spec.hidden_size,
+            dtype=self.options.dtype,
+            spread=spread,
+            group=dist.group.WORLD,
+        )
+        return rows.in_host_memory(self.student_groups.tp) if rows is not None and spread else rows
 
     @torch.no_grad()
-    def score(self, layouts: Sequence[Layout]) -> TeacherRows:
-        """Hidden states of the layouts' loss rows, on every tensor-parallel rank."""
-        where, parts = platform.device(), []
-        for layout in layouts:
-            hidden = self.decoder(layout)
+    def _forward(self, sequences: Sequence[PackedSequence], max_tokens: int) -> TeacherRows | None:
+        """Rows of this rank's share of the sequences, on every tensor-parallel rank of the teacher's last stage."""
+        assert self.decoder is not None
+        grid, options, parts = self.groups.grid, self.options, []
+        batches = micro_batches(
+            sequences,
+            rank=grid.coordinate("dp"),
+            size=grid.dp,
+            max_tokens=max_tokens,
+            multiple_of=padding_unit(tp=grid.tp, sequence_parallel=options.sequence_parallel, fp8=options.fp8),
+            rounds_of=grid.pp if options.vpp > 1 else 1,
+        )
+
+        def keep(hidden: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, None]:
+            where = hidden.device
             rows = gather_rows(
                 hidden,
                 torch.from_numpy(layout.row_hidden_R).to(where),
-                group=self.decoder.groups.tp,
-                sequence_parallel=self.decoder.config.sequence_parallel,
+                group=self.groups.tp,
+                sequence_parallel=options.sequence_parallel,
             )
             parts.append((torch.from_numpy(layout.row_stream_R).to(where), rows))
-        return TeacherRows.collect(parts)
+            return hidden.new_zeros(()), None
+
+        with _on_device(self.decoder, self.weights_in):
+            run_schedule(self.decoder, list(self.decoder.parts), batches, keep, forward_only=True)
+        return TeacherRows.collect(parts) if grid.last_stage else None
 
 
 def load_teacher(
-    folder: str | Path, student: Decoder, *, groups: Groups, dtype: torch.dtype, sequence_parallel: bool
+    folder: str | Path,
+    *,
+    groups: Groups,
+    options: BuildOptions,
+    student_spec: ModelSpec,
+    student_groups: Groups,
+    rope: RopeScaling | None = None,
+    weights_in: Memory = "device",
+    rows_in: Memory = "device",
 ) -> FrozenTeacher:
-    """A teacher whose head is cut at the student's vocabulary boundaries, whatever its own vocabulary's padding is."""
-    spec, boundaries = read_spec(folder), student.head()
-    decoder = build_decoder(spec, groups=groups, dtype=dtype, sequence_parallel=sequence_parallel)
+    """A teacher on the ranks of `groups`, its head on the last stage of `student_groups`. Every rank calls it."""
+    spec = read_spec(folder, rope)
+    decoder = _layers(spec, folder, groups, options, weights_in) if groups.member else None
+    student, head = student_groups.grid, None
+    if student.member and student.last_stage:
+        head = _head(spec, folder, decoder, student_spec, student_groups, options.dtype, weights_in)
+    return FrozenTeacher(spec, groups, student_groups, options, decoder, head, weights_in, rows_in)
+
+
+def _layers(
+    spec: ModelSpec, folder: str | Path, groups: Groups, options: BuildOptions, weights_in: Memory
+) -> Decoder:
+    decoder = build_decoder(spec, groups=groups, options=options)
+    if groups.grid.last_stage:
+        decoder.parts[-1].output_layer.weight = None  # before anything is written to it
     import_weights(decoder, folder)
-    start = min(boundaries.start, spec.vocab_size)
-    stop = max(start, min(start + boundaries.num_valid, spec.vocab_size))
-    last = groups.grid.coordinate("tp") == groups.grid.tp - 1
-    first_beyond = min(student.spec.vocab_size, spec.vocab_size) if last else spec.vocab_size
-    rows, beyond = (
-        read_head(folder, spec, first, end, dtype).to(platform.device())
-        for first, end in ((start, stop), (first_beyond, spec.vocab_size))
-    )
-    return FrozenTeacher(decoder, HeadShard(rows, boundaries.start, stop - start, beyond if len(beyond) else None))
+    if weights_in == "host" and torch.cuda.is_available():
+        for parameter in decoder.parameters():
+            parameter.data = parameter.data.cpu().pin_memory()
+    return decoder.requires_grad_(False).eval()
+
+
+@contextmanager
+def _on_device(decoder: Decoder, weights_in: Memory) -> Iterator[None]:
+    """The layers on the device, and afterwards where they rest. Nothing is written back: they do not change."""
+    if weights_in == "device" or not torch.cuda.is_available():
+        yield
+        return
+    resting = {parameter: parameter.data for parameter in decoder.parameters()}
+    for parameter, data in resting.items():
+        parameter.data = data.to(platform.device(), non_blocking=True)
+    try:
+        yield
+    finally:
+        for parameter, data in resting.items():
+            parameter.data = data
+
+
+def _head(
+    spec: ModelSpec,
+    folder: str | Path,
+    decoder: Decoder | None,
+    student_spec: ModelSpec,
+    student_groups: Groups,
+    dtype: torch.dtype,
+    weights_in: Memory,
+) -> HeadShard:
+    """Cut at the student's vocabulary boundaries, whatever the teacher's own vocabulary's padding is."""
+    grid = student_groups.grid
+    first, num_valid = student_spec.vocabulary_shard(grid.coordinate("tp"), grid.tp)
+    start = min(first, spec.vocab_size)
+    stop = max(start, min(first + num_valid, spec.vocab_size))
+    last = grid.coordinate("tp") == grid.tp - 1
+    first_beyond = min(student_spec.vocab_size, spec.vocab_size) if last else spec.vocab_size
+
+    def read(begin: int, end: int) -> torch.Tensor:
+        return read_head(folder, spec, begin, end, dtype).to(platform.device())
+
+    shared = _embedding_rows(decoder, start, stop) if weights_in == "device" else None
+    beyond = read(first_beyond, spec.vocab_size)
+    rows = read(start, stop) if shared is None else shared
+    return HeadShard(rows, first, stop - start, beyond if len(beyond) else None)
+
+
+def _embedding_rows(decoder: Decoder | None, start: int, stop: int) -> torch.Tensor | None:
+    """These rows of a tied teacher's head, where this rank has them as its embedding already."""
+    if decoder is None or not decoder.spec.tied or not decoder.groups.grid.first_stage:
+        return None
+    grid = decoder.groups.grid
+    first, num_valid = decoder.spec.vocabulary_shard(grid.coordinate("tp"), grid.tp)
+    if not first <= start <= stop <= first + num_valid:
+        return None
+    weight: torch.Tensor = decoder.parts[0].embedding.word_embeddings.weight
+    return weight.detach()[start - first : stop - first]

@@ -7,7 +7,7 @@ complains when replicas differ or a part is missing.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,24 +20,27 @@ class Piece(NamedTuple):
     tensor: torch.Tensor
 
 
-def gather_data_parallel_gradients(wrapped: torch.nn.Module, group: dist.ProcessGroup) -> None:
+def gather_data_parallel_gradients(wrapped: Iterable[Any]) -> None:
     """Make every data-parallel rank's gradient buffers whole: the distributed optimizer leaves each only its shard."""
-    for buffer in wrapped.buffers:
-        for bucket in buffer.buckets:
-            shards = list(bucket.grad_data.chunk(group.size()))
-            dist.all_gather(shards, shards[group.rank()].clone(), group=group)
+    for part in wrapped:
+        for buffer in (*part.buffers, *part.expert_parallel_buffers):
+            group = buffer.data_parallel_group
+            for bucket in buffer.buckets:
+                shards = list(bucket.grad_data.chunk(group.size()))
+                dist.all_gather(shards, shards[group.rank()].clone(), group=group)
 
 
-def pieces(decoder: torch.nn.Module, attribute: str) -> list[Piece]:
+def pieces(decoder: Any, attribute: str) -> list[Piece]:
     """This rank's parts of every parameter's `main_grad` or `data`."""
-    from megatron_dgrpo.checkpoint.hf.importer import box_of, local_parameters
+    from megatron_dgrpo.checkpoint.hf.importer import box_of
     from megatron_dgrpo.checkpoint.hf.mapping import rules
+    from megatron_dgrpo.model.decoder import local_parameters
 
     grid, parameters, found = decoder.groups.grid, local_parameters(decoder), []
     for rule in rules(decoder.spec):
         if rule.parameter in parameters:
             tensor = getattr(parameters[rule.parameter], attribute).detach()
-            for span in rule.spans(grid.coordinate("tp"), grid.tp):
+            for span in rule.held(grid):
                 part = tensor.narrow(rule.axis or 0, span.local, span.length).clone()
                 found.append(Piece(rule.hf_name, rule.hf_shape, box_of(rule, span.hf, span.length), part))
     return found

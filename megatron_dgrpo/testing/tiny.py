@@ -6,13 +6,15 @@ parameter's name alone: models of the same sizes that differ in `tied` or `dtype
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 from zlib import crc32
 
 
-def save_tiny_qwen3(
+def save_tiny(
     folder: str | Path,
+    family: str = "Qwen3",
     *,
     vocab_size: int,
     hidden: int = 64,
@@ -27,41 +29,51 @@ def save_tiny_qwen3(
     std: float = 0.05,
     random_norms: bool = False,
     rope_theta: float = 10000.0,
+    rope: Mapping[str, Any] | None = None,
     max_positions: int = 512,
     special_ids: tuple[int, int, int] | None = None,
     max_shard_bytes: int | None = None,
+    **settings: Any,
 ) -> Path:
-    """A Qwen3 with random weights: config.json, generation_config.json and safetensors.
+    """A model with random weights: config.json, generation_config.json and safetensors.
 
-    Trained models begin with norms of 1, as here; with `random_norms` they scatter around it, so that a test of norms
-    can fail. `special_ids` are those of BOS, EOS and padding. With `max_shard_bytes` the weights are cut into files.
+    `family` is the first part of transformers' class names (Qwen3, Qwen3Moe, Qwen2, Llama, Mistral); `settings` go into
+    its config as they are, and `rope` into its rope_parameters. Trained models begin with norms of 1 and biases of 0, as
+    here; with `random_norms` they scatter around it, so that a test of norms can fail. `special_ids` are those of BOS,
+    EOS and padding. With `max_shard_bytes` the weights are cut into files.
     """
     import torch
-    from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+    import transformers
 
     bos, eos, pad = special_ids or (None, None, None)
-    config = Qwen3Config(
+    config = getattr(transformers, f"{family}Config")(
         vocab_size=vocab_size, hidden_size=hidden, intermediate_size=intermediate or 2 * hidden,
         num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim,
         tie_word_embeddings=tied, max_position_embeddings=max_positions,
-        rope_parameters={"rope_type": "default", "rope_theta": rope_theta},
-        bos_token_id=bos, eos_token_id=eos, pad_token_id=pad,
+        rope_parameters={"rope_type": "default", "rope_theta": rope_theta} | dict(rope or {}),
+        bos_token_id=bos, eos_token_id=eos, pad_token_id=pad, **settings,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
-        model = Qwen3ForCausalLM(config)
+        model = getattr(transformers, f"{family}ForCausalLM")(config)
     for name, parameter in model.named_parameters():
         generator = torch.Generator().manual_seed(crc32(f"{seed}/{name}".encode()))
-        if "norm" not in name:
+        norm, bias = "norm" in name, name.endswith("bias")
+        if not norm and not bias:
             parameter.data.normal_(0.0, std, generator=generator)
         elif random_norms:
-            parameter.data.normal_(1.0, 0.2, generator=generator)
+            parameter.data.normal_(float(norm), 0.2, generator=generator)
         else:
-            parameter.data.fill_(1.0)
+            parameter.data.fill_(float(norm))
     model = model.to(getattr(torch, dtype))
-    model.generation_config = GenerationConfig(bos_token_id=bos, eos_token_id=eos, pad_token_id=pad)
+    model.generation_config = transformers.GenerationConfig(bos_token_id=bos, eos_token_id=eos, pad_token_id=pad)
     sharding = {} if max_shard_bytes is None else {"max_shard_size": max_shard_bytes}
     model.save_pretrained(folder, **sharding)
     return Path(folder)
+
+
+def save_tiny_qwen3(folder: str | Path, **settings: Any) -> Path:
+    """A Qwen3."""
+    return save_tiny(folder, "Qwen3", **settings)
 
 
 def save_tokenizer(

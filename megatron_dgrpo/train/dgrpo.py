@@ -10,18 +10,19 @@ import numpy as np
 from megatron_dgrpo.algorithms.build import dgrpo_loss, dgrpo_streams
 from megatron_dgrpo.config.schema import DGRPO
 from megatron_dgrpo.data.dataset import PromptSource
-from megatron_dgrpo.evaluate.heldout import evaluate
 from megatron_dgrpo.observe.timers import Phases
-from megatron_dgrpo.packing.pack import from_trajectories, pack, share
+from megatron_dgrpo.packing.pack import from_trajectories
 from megatron_dgrpo.packing.trajectory import Trajectory
 from megatron_dgrpo.train.collect import collect, totals
+from megatron_dgrpo.train.evaluation import evaluate
 from megatron_dgrpo.train.run import Run
 from megatron_dgrpo.train.update import Work, compute_gradients, old_logprobs
 
 
 def run_dgrpo(run: Run, stage: DGRPO, number: int) -> None:
+    student = run.trained
     prompts = PromptSource(stage.data, seed=run.config.seed + number)
-    run.student.start_optimizer(stage.optimizer)
+    student.start_optimizer(stage.optimizer)
     evaluate(run, number, 0)
     for step in range(1, stage.steps + 1):
         phases = Phases()
@@ -40,22 +41,22 @@ def run_dgrpo(run: Run, stage: DGRPO, number: int) -> None:
         )
         facts = _facts(trajectories, totals(trajectories, stage.rewards))
         with phases("pack"):
-            shares = _by_prompts(trajectories, stage)
+            shares = by_prompts(trajectories, stage)
             work = [_work(run, stage, members, facts) for members in shares]
         with phases("teach"):
-            work = [_teach(run, stage, item) for item in work]
+            work = [_teach(run, stage, item, members) for item, members in zip(work, shares, strict=True)]
         with phases("train"):
             if len(work) > 1:  # the later updates need the log-probs that the batch began with
-                work = [replace(item, streams=old_logprobs(run.student, item)) for item in work]
+                work = [replace(item, streams=old_logprobs(student, item)) for item in work]
             for update, item in enumerate(work, 1):
-                metrics = compute_gradients(run.student, item) | run.student.update()
+                metrics = compute_gradients(student, item) | student.update()
                 run.version += 1
                 last = update == len(work)
                 run.report(number, step, facts | metrics, update=update, phases=phases if last else None)
         evaluate(run, number, step)
 
 
-def _by_prompts(trajectories: Sequence[Trajectory], stage: DGRPO) -> list[list[Trajectory]]:
+def by_prompts(trajectories: Sequence[Trajectory], stage: DGRPO) -> list[list[Trajectory]]:
     """The trajectories of each update: whole groups, in equal numbers."""
     size = len(trajectories) // stage.updates_per_batch
     return [list(trajectories[start : start + size]) for start in range(0, len(trajectories), size)]
@@ -63,22 +64,21 @@ def _by_prompts(trajectories: Sequence[Trajectory], stage: DGRPO) -> list[list[T
 
 def _work(run: Run, stage: DGRPO, trajectories: Sequence[Trajectory], facts: dict[str, float]) -> Work:
     """This rank's micro-batches of one update, and the streams of all of it."""
-    grid = run.groups.grid
     batch = dgrpo_streams(trajectories, totals(trajectories, stage.rewards), stage.objective)
     for name, value in batch.facts.items():
         facts[name] = facts.get(name, 0.0) + value
-    mine = share(from_trajectories(trajectories), grid.coordinate("dp"), grid.dp)
-    layouts = pack(mine, max_tokens=stage.micro_batch_tokens, multiple_of=run.sequence_multiple)
+    layouts = run.micro_batches(from_trajectories(trajectories), stage.micro_batch_tokens)
     loss, factors = dgrpo_loss(stage.objective)
     return Work(layouts, batch.streams, loss, factors, stage.sampling.temperature)
 
 
-def _teach(run: Run, stage: DGRPO, work: Work) -> Work:
+def _teach(run: Run, stage: DGRPO, work: Work, trajectories: Sequence[Trajectory]) -> Work:
     """With the teacher's rows, where the objective has a teacher."""
     if stage.objective.beta == 0:
         return work
     teacher = run.load_teacher()
-    return replace(work, teacher_head=teacher.head, teacher_rows=teacher.score(work.layouts))
+    rows = teacher.rows(from_trajectories(trajectories), max_tokens=stage.micro_batch_tokens)
+    return replace(work, teacher_head=teacher.head, teacher_rows=rows)
 
 
 def _facts(trajectories: Sequence[Trajectory], totals_B: np.ndarray) -> dict[str, float]:

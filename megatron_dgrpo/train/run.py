@@ -9,17 +9,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from megatron_dgrpo.checkpoint.hf.exporter import export_folder, export_shards, manifest
+from megatron_dgrpo.checkpoint.hf.families import read_spec
 from megatron_dgrpo.config.schema import Config, Model
+from megatron_dgrpo.data.dataset import PromptRow, read_rows
 from megatron_dgrpo.data.tokenizer import Tokenizer
 from megatron_dgrpo.errors import RolloutError
 from megatron_dgrpo.observe.records import Records
 from megatron_dgrpo.observe.timers import Phases
+from megatron_dgrpo.model.layouts import padding_unit
+from megatron_dgrpo.model.megatron_config import BuildOptions
+from megatron_dgrpo.packing.layout import Layout
+from megatron_dgrpo.packing.pack import PackedSequence, micro_batches
 from megatron_dgrpo.packing.trajectory import Trajectory
 from megatron_dgrpo.parallel.groups import Groups
 from megatron_dgrpo.rollout.client import EngineClient
@@ -36,12 +43,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 class Run:
     config: Config
     groups: Groups
-    student: Student
+    student: Student | None  # on ranks that are not the teacher's alone
     tokenizer: Tokenizer
     store: dist.Store
     clients: dict[str, EngineClient]  # on rank 0; elsewhere empty
     records: Records | None  # on rank 0
     shm_prefix: str
+    teacher_groups: Groups | None = None
     teacher: FrozenTeacher | None = None
     versions: dict[str, int] = field(default_factory=dict)  # of the weights that each engine has
     version: int = 0  # of the student's weights: the number of updates so far
@@ -55,27 +63,51 @@ class Run:
     def model(self) -> Model:
         return self.config.models[self.config.student]
 
+    @cached_property
+    def heldout(self) -> list[PromptRow]:
+        """The evaluation's prompts."""
+        settings = self.config.evaluation
+        return read_rows(settings.data)[: settings.num_prompts] if settings else []
+
     @property
-    def sequence_multiple(self) -> int:
-        """Tokens of a micro-batch come in multiples of this."""
-        return self.groups.grid.tp if self.model.layout.sequence_parallel else 1
+    def trained(self) -> Student:
+        """The student; only ranks that have a part of it ask."""
+        assert self.student is not None
+        return self.student
+
+    def micro_batches(self, sequences: Sequence[PackedSequence], max_tokens: int) -> list[Layout]:
+        """This rank's micro-batches of a batch that all ranks know."""
+        grid, model = self.groups.grid, self.model
+        return micro_batches(
+            sequences,
+            rank=grid.coordinate("dp"),
+            size=grid.dp,
+            max_tokens=max_tokens,
+            multiple_of=padding_unit(tp=grid.tp, sequence_parallel=model.layout.sequence_parallel, fp8=model.fp8),
+            rounds_of=grid.pp if model.layout.vpp > 1 else 1,
+        )
 
     def load_teacher(self) -> FrozenTeacher:
-        """The teacher, loaded when the first stage asks for it."""
+        """The teacher, loaded when the first stage asks for it, on every rank of the world."""
         if self.teacher is None:
-            model = self.config.models[self.config.teachers[0].model]
+            assert self.teacher_groups is not None
+            settings = self.config.teachers[0]
+            model = self.config.models[settings.model]
             self.teacher = load_teacher(
                 model.path,
-                self.student.decoder,
-                groups=self.groups,
-                dtype=DTYPES[model.dtype],
-                sequence_parallel=model.layout.sequence_parallel,
+                groups=self.teacher_groups,
+                options=build_options(model),
+                student_spec=read_spec(self.model.path, self.model.rope),
+                student_groups=self.groups,
+                rope=model.rope,
+                weights_in=settings.weights_in,
+                rows_in=settings.rows_in,
             )
         return self.teacher
 
     def sync(self, engine: str) -> None:
         """Give an engine the student's weights, unless it has them."""
-        if self.versions.get(engine) == self.version:
+        if self.student is None or self.versions.get(engine) == self.version:
             return
         settings = self.config.engines[engine]
         dtype = DTYPES[settings.dtype or self.model.dtype]
@@ -83,9 +115,9 @@ class Run:
             export_shards(self.student.decoder, dtype),
             manifest(self.student.decoder.spec, dtype),
             version=self.version,
-            store=dist.PrefixStore(f"weights/{engine}/{self.version}", self.store),
+            store=dist.PrefixStore(f"weights/{engine}", self.store),
             rank=self.rank,
-            num_ranks=dist.get_world_size(),
+            num_ranks=self.groups.grid.size,
             clients=(self.clients[engine],) if self.rank == 0 else (),
             bucket_bytes=settings.bucket_bytes,
             shm_prefix=self.shm_prefix,
@@ -95,24 +127,26 @@ class Run:
 
     def share_trajectories(self, mine: Sequence[Trajectory] | None, deadline_s: float) -> list[Trajectory]:
         """Rank 0's trajectories on every rank. The others wait in the store for at most the deadline."""
-        key = f"trajectories/{self._published}"
+        key, num_readers = f"trajectories/{self._published}", dist.get_world_size() - 1
         self._published += 1
         if self.rank == 0:
             assert mine is not None
-            if dist.get_world_size() > 1:
-                self.store.set(key, encode(TrajectoryBatch(tuple(mine))))
-                self.store.delete_key(f"trajectories/{self._published - 3}")  # every rank has long read that one
+            if num_readers:
+                self.store.set(key, encode(TrajectoryBatch(tuple(mine))))  # type: ignore[arg-type] # its stub says text
             return list(mine)
         try:
             self.store.wait([key], timedelta(seconds=deadline_s))
         except dist.DistError as error:
             raise RolloutError(f"rank {self.rank} waited {deadline_s:g} s for rank 0's rollouts: {error}") from error
         batch = decode(self.store.get(key))
+        if self.store.add(f"{key}/read", 1) == num_readers:  # the last one clears up
+            self.store.delete_key(key)
+            self.store.delete_key(f"{key}/read")
         assert isinstance(batch, TrajectoryBatch)
         return list(batch.trajectories)
 
     def export(self, target: Path) -> None:
-        export_folder(self.student.decoder, self.model.path, target, DTYPES[self.model.dtype])
+        export_folder(self.trained.decoder, self.model.path, target, DTYPES[self.model.dtype])
 
     def report(
         self,
@@ -133,8 +167,17 @@ class Run:
             self.records.note(words)
 
 
+def build_options(model: Model) -> BuildOptions:
+    return BuildOptions(
+        dtype=DTYPES[model.dtype],
+        sequence_parallel=model.layout.sequence_parallel,
+        vpp=model.layout.vpp,
+        recompute=model.recompute,
+        layers=model.layers,
+        fp8=model.fp8,
+    )
+
+
 def load_run_student(config: Config, groups: Groups) -> Student:
     model = config.models[config.student]
-    return load_student(
-        model.path, groups=groups, dtype=DTYPES[model.dtype], sequence_parallel=model.layout.sequence_parallel
-    )
+    return load_student(model.path, groups=groups, options=build_options(model), rope=model.rope)

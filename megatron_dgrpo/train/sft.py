@@ -6,29 +6,28 @@ from megatron_dgrpo.algorithms.build import sft_loss, sft_streams
 from megatron_dgrpo.config.schema import SFT
 from megatron_dgrpo.data.dataset import PromptSource
 from megatron_dgrpo.data.supervised import example
-from megatron_dgrpo.evaluate.heldout import evaluate
 from megatron_dgrpo.observe.timers import Phases
-from megatron_dgrpo.packing.pack import from_trajectories, pack, share
+from megatron_dgrpo.packing.pack import from_trajectories
+from megatron_dgrpo.train.evaluation import evaluate
 from megatron_dgrpo.train.run import Run
 from megatron_dgrpo.train.update import Work, compute_gradients
 
 
 def run_sft(run: Run, stage: SFT, number: int) -> None:
     rows = PromptSource(stage.data, seed=run.config.seed + number)
-    grid = run.groups.grid
+    student = run.trained
     loss, factors = sft_loss()
-    run.student.start_optimizer(stage.optimizer)
+    student.start_optimizer(stage.optimizer)
     evaluate(run, number, 0)
     for step in range(1, stage.steps + 1):
         phases = Phases()
         with phases("pack"):
             examples = [example(row, run.tokenizer) for row in rows.take(step - 1, stage.batch_size)]
             batch = sft_streams(examples)
-            mine = share(from_trajectories(examples), grid.coordinate("dp"), grid.dp)
-            layouts = pack(mine, max_tokens=stage.micro_batch_tokens, multiple_of=run.sequence_multiple)
+            layouts = run.micro_batches(from_trajectories(examples), stage.micro_batch_tokens)
         with phases("train"):
             work = Work(layouts, batch.streams, loss, factors, temperature=1.0)
-            metrics = compute_gradients(run.student, work) | run.student.update()
+            metrics = compute_gradients(student, work) | student.update()
             run.version += 1
         tokens = float(sum(len(e.prompt_tokens) + e.num_loss_tokens for e in examples))
         run.report(number, step, batch.facts | {"tokens": tokens} | metrics, phases=phases)

@@ -1,4 +1,4 @@
-"""The model that is trained: decoder, Megatron's data-parallel wrapper with its gradient buffers, its optimizer."""
+"""The model that is trained: decoder, Megatron's data-parallel wrappers with their gradient buffers, its optimizer."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 
 from megatron_dgrpo.checkpoint.hf.families import read_spec
 from megatron_dgrpo.checkpoint.hf.importer import import_weights
-from megatron_dgrpo.config.schema import Adam
+from megatron_dgrpo.config.schema import Adam, RopeScaling
 from megatron_dgrpo.errors import NonFiniteError
 from megatron_dgrpo.model.decoder import Decoder, build_decoder
+from megatron_dgrpo.model.megatron_config import BuildOptions
 from megatron_dgrpo.parallel.groups import Groups
 from megatron_dgrpo.train import adam
 
@@ -29,7 +30,12 @@ class Student:
             use_distributed_optimizer=True, grad_reduce_in_fp32=decoder.config.params_dtype == torch.bfloat16
         )
         self.decoder = decoder
-        self.wrapped = DistributedDataParallel(decoder.config, ddp, decoder, pg_collection=decoder.groups.collection)
+        self.wrapped = [
+            DistributedDataParallel(
+                decoder.config, ddp, part, disable_bucketing=number > 0, pg_collection=decoder.groups.collection
+            )
+            for number, part in enumerate(decoder.parts)
+        ]
         self._settings: Adam | None = None
         self._optimizer: MegatronOptimizer | None = None
         self._updates = 0
@@ -48,35 +54,44 @@ class Student:
             params_dtype=dtype,
             use_distributed_optimizer=True,
         )
-        self._optimizer = get_megatron_optimizer(
-            config, [self.wrapped], use_gloo_process_groups=False, pg_collection=self.decoder.groups.collection
-        )
+        groups = self.decoder.groups
+        with groups.as_default():  # it gathers the names of parameter groups
+            self._optimizer = get_megatron_optimizer(
+                config, self.wrapped, use_gloo_process_groups=False, pg_collection=groups.collection
+            )
         self._settings, self._updates = settings, 0
 
+    @property
+    def optimizer(self) -> MegatronOptimizer:
+        assert self._optimizer is not None, "start_optimizer comes first"
+        return self._optimizer
+
     def zero_grad(self) -> None:
-        self.wrapped.zero_grad_buffer()
+        for part in self.wrapped:
+            part.zero_grad_buffer()
         if self._optimizer is not None:
             self._optimizer.zero_grad()
 
     def update(self) -> dict[str, float]:
         """One optimizer update from the gradients in the buffers. Nothing is changed when they are not finite."""
-        assert self._optimizer is not None and self._settings is not None
+        assert self._settings is not None
         warm = min(1.0, (self._updates + 1) / self._settings.warmup_steps) if self._settings.warmup_steps else 1.0
-        for group in self._optimizer.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = self._settings.lr * warm
-        self._optimizer.prepare_grads()
-        norm = float(self._optimizer.get_grad_norm())
+            group["weight_decay"] = self._settings.weight_decay * group["wd_mult"]  # 0 for norms and biases
+        self.optimizer.prepare_grads()
+        norm = float(self.optimizer.get_grad_norm())
         if not math.isfinite(norm):
             raise NonFiniteError(
                 f"the gradient's norm is {norm} at update {self._updates + 1} of this stage; no weight was changed. "
                 "Lower the learning rate, or look for the sample in the rollouts of this step"
             )
-        self._optimizer.step()
+        self.optimizer.step()
         self._updates += 1
         return {"grad_norm": norm, "lr": self._settings.lr * warm}
 
 
-def load_student(folder: str | Path, *, groups: Groups, dtype: torch.dtype, sequence_parallel: bool) -> Student:
-    decoder = build_decoder(read_spec(folder), groups=groups, dtype=dtype, sequence_parallel=sequence_parallel)
+def load_student(folder: str | Path, *, groups: Groups, options: BuildOptions, rope: RopeScaling | None = None) -> Student:
+    decoder = build_decoder(read_spec(folder, rope), groups=groups, options=options)
     import_weights(decoder, folder)
     return Student(decoder)

@@ -5,25 +5,28 @@ Legend: _R loss rows of a micro-batch, _N loss tokens of the batch.
 The trainer knows no algorithm: it is given streams, a loss and its factors. The order of a micro-batch is hidden
 states -> loss rows -> statistics -> terms -> a scalar whose backward goes the same way back. Megatron scales nothing:
 its loss function reports 0 tokens, which makes the divisor 1, and `calculate_per_token_loss` turns its averages off.
+
+Only the last stage of a pipeline has the head and sees loss rows. What it counted is handed to the other stages, so
+that every rank reports the same and all of them stop when a row is not finite.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_dgrpo.algorithms.losses import Loss, attach, nonfinite_report
 from megatron_dgrpo.algorithms.metrics import Metric, merge, pack, unpack, values
 from megatron_dgrpo.algorithms.streams import Streams
 from megatron_dgrpo.errors import NonFiniteError, listing
 from megatron_dgrpo.heads import HeadShard, RowStatistics, gather_rows, row_statistics
+from megatron_dgrpo.model.schedule import run_schedule
 from megatron_dgrpo.packing.layout import Layout
 from megatron_dgrpo.parallel import platform
+from megatron_dgrpo.parallel.collectives import broadcast_figures
 from megatron_dgrpo.teacher.rows import TeacherRows
 from megatron_dgrpo.train.student import Student
 
@@ -47,18 +50,14 @@ def compute_gradients(student: Student, work: Work) -> dict[str, float]:
     want = {"entropy", *work.loss.statistics}
     reports: list[str] = []
 
-    def loss_of(hidden: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, torch.Tensor, dict[str, Metric]]:
+    def loss_of(hidden: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, dict[str, Metric]]:
         statistics, streams = _statistics(student, hidden, layout, work, want)
         evaluation = work.loss.evaluate(statistics, streams, work.factors)
         reports.extend(nonfinite_report(evaluation, statistics, streams))
-        return (
-            attach(evaluation, statistics),
-            torch.zeros((), dtype=torch.int32, device=hidden.device),
-            dict(evaluation.metrics),
-        )
+        return attach(evaluation, statistics), dict(evaluation.metrics)
 
-    parts = _run(student, work.layouts, loss_of, forward_only=False)
-    metrics = _reduce(student, merge(parts))
+    parts = run_schedule(student.decoder, student.wrapped, work.layouts, loss_of, forward_only=False)
+    metrics = _of_the_whole_batch(student, parts)
     if metrics.get("nonfinite_rows"):
         raise NonFiniteError(
             listing(
@@ -71,16 +70,15 @@ def compute_gradients(student: Student, work: Work) -> dict[str, float]:
 
 @torch.no_grad()
 def old_logprobs(student: Student, work: Work) -> Streams:
-    """The streams with the log-probs of the live weights as the old ones (of this rank's rows; NaN elsewhere)."""
+    """The streams with the log-probs of the live weights as the old ones (of this rank's rows, on the last stage; NaN elsewhere)."""
     old_N = torch.full((work.streams.num_tokens,), float("nan"), dtype=torch.float64)
 
-    def keep(hidden: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, torch.Tensor, dict[str, Metric]]:
+    def keep(hidden: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, None]:
         statistics, _ = _statistics(student, hidden, layout, replace(work, teacher_rows=None), {"logprob"})
         old_N[torch.from_numpy(layout.row_stream_R)] = statistics.logprob_T.double().cpu()
-        zero = torch.zeros((), device=hidden.device)
-        return zero, zero.int(), {}
+        return torch.zeros((), device=hidden.device), None
 
-    _run(student, work.layouts, keep, forward_only=True)
+    run_schedule(student.decoder, student.wrapped, work.layouts, keep, forward_only=True)
     return replace(work.streams, old_logprobs_N=old_N)
 
 
@@ -106,34 +104,20 @@ def _statistics(
         teacher_hidden_TH=teacher_RH,
         teacher_head=work.teacher_head if teacher_RH is not None else None,
         want=want,
+        nonfinite="keep",  # counted, reduced over all ranks, and refused by all of them together
     )
     wide = torch.promote_types(hidden.dtype, torch.float32)
     return statistics, work.streams.select(stream_R).to(where, wide)
 
 
-def _run(student: Student, layouts: Sequence[Layout], loss_of: Any, *, forward_only: bool) -> list[dict[str, Metric]]:
-    """All micro-batches through Megatron's schedule; what `loss_of` reported of each."""
-
-    def forward_step(batches: Iterator[Layout], model: Any) -> tuple[torch.Tensor, Any]:
-        layout = next(batches)
-        return model(layout), lambda hidden: loss_of(hidden, layout)
-
-    schedule = get_forward_backward_func(pp_size=student.decoder.groups.grid.pp, vp_size=None)
-    return schedule(
-        forward_step_func=forward_step,
-        data_iterator=iter(layouts),
-        model=[student.wrapped],
-        num_microbatches=len(layouts),
-        seq_length=max(layout.num_tokens for layout in layouts),
-        micro_batch_size=1,
-        forward_only=forward_only,
-        pg_collection=student.decoder.groups.collection,
-    )
-
-
-def _reduce(student: Student, metrics: Mapping[str, Metric]) -> dict[str, float]:
-    """Exact figures of the whole batch: sums and maxima over the data-parallel ranks."""
-    sums, maxima = (vector.to(platform.device()) for vector in pack(metrics))
-    dist.all_reduce(sums, group=student.decoder.groups.dp_cp)
-    dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=student.decoder.groups.dp_cp)
-    return values(unpack(metrics, sums, maxima))
+def _of_the_whole_batch(student: Student, parts: Sequence[Mapping[str, Metric]]) -> dict[str, float]:
+    """Exact figures: sums and maxima over the data-parallel ranks of the last stage, the same on every rank."""
+    groups = student.decoder.groups
+    found: dict[str, float] | None = None
+    if groups.grid.last_stage:
+        metrics = merge(parts)
+        sums, maxima = (vector.to(platform.device()) for vector in pack(metrics))
+        dist.all_reduce(sums, group=groups.dp_cp)
+        dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=groups.dp_cp)
+        found = values(unpack(metrics, sums, maxima))
+    return broadcast_figures(found, group=groups.pp, source=groups.grid.pp - 1)

@@ -10,13 +10,15 @@ import torch
 import torch.distributed as dist
 
 from megatron_dgrpo.config.loader import load
-from megatron_dgrpo.config.schema import DGRPO, SFT, Config
+from megatron_dgrpo.config.schema import DGRPO, SFT, Config, Layout
 from megatron_dgrpo.data.tokenizer import Tokenizer
 from megatron_dgrpo.launch.rendezvous import join_world
 from megatron_dgrpo.observe.records import Records
 from megatron_dgrpo.parallel import platform
 from megatron_dgrpo.parallel.groups import Groups
 from megatron_dgrpo.rollout.client import EngineClient
+from megatron_dgrpo.train.assist import assist
+from megatron_dgrpo.train.checks import check_data
 from megatron_dgrpo.train.dgrpo import run_dgrpo
 from megatron_dgrpo.train.run import Run, load_run_student
 from megatron_dgrpo.train.sft import run_sft
@@ -29,15 +31,20 @@ def main(*, config_path: str, engines: Mapping[str, str], key: str, shm_prefix: 
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     store = join_world(backend=platform.backend(), timeout_s=config.collective_timeout_s)
+    if dist.get_rank() == 0:
+        check_data(config)
     run = _build(config, store, engines, key, shm_prefix)
     for number, stage in enumerate(config.stages):
         match stage:
+            case _ if run.student is None:
+                assist(run, stage, number)
             case SFT():
                 run_sft(run, stage, number)
             case DGRPO():
                 run_dgrpo(run, stage, number)
     target = Path(config.run_dir) / "hf"
-    run.export(target)
+    if run.student is not None:
+        run.export(target)
     run.note(f"exported to {target}")
     for client in run.clients.values():
         client.close()
@@ -46,12 +53,16 @@ def main(*, config_path: str, engines: Mapping[str, str], key: str, shm_prefix: 
 
 
 def _build(config: Config, store: dist.Store, engines: Mapping[str, str], key: str, shm_prefix: str) -> Run:
-    layout, model = config.models[config.student].layout, config.models[config.student]
-    groups = Groups(tp=layout.tp, dp=layout.dp, timeout_s=config.collective_timeout_s)
-    groups.seed(config.seed)
+    model = config.models[config.student]
+    groups = _groups(model.layout, config)
+    teacher_groups = None
+    if config.teachers:
+        first_rank = groups.grid.size if config.teachers[0].ranks == "own" else 0
+        teacher_groups = _groups(config.models[config.teachers[0].model].layout, config, first_rank)
+    (groups if groups.member or teacher_groups is None else teacher_groups).seed(config.seed)
     torch.manual_seed(config.seed)
     first = dist.get_rank() == 0
-    student = load_run_student(config, groups)
+    student = load_run_student(config, groups) if groups.member else None
     clients = {}
     if first:
         for name, address in engines.items():
@@ -65,4 +76,17 @@ def _build(config: Config, store: dist.Store, engines: Mapping[str, str], key: s
         clients=clients,
         records=Records(Path(config.run_dir)) if first else None,
         shm_prefix=shm_prefix,
+        teacher_groups=teacher_groups,
+    )
+
+
+def _groups(layout: Layout, config: Config, first_rank: int = 0) -> Groups:
+    return Groups(
+        tp=layout.tp,
+        dp=layout.dp,
+        pp=layout.pp,
+        ep=layout.ep,
+        etp=layout.etp,
+        first_rank=first_rank,
+        timeout_s=config.collective_timeout_s,
     )

@@ -32,9 +32,10 @@ def export(rank: int, world: int, source: str, target: str, trouble: dict[str, A
     from megatron_dgrpo.checkpoint.hf.importer import import_weights
     from megatron_dgrpo.checkpoint.megatron import save_megatron
     from megatron_dgrpo.model.decoder import build_decoder
+    from megatron_dgrpo.model.megatron_config import BuildOptions
     from megatron_dgrpo.parallel.groups import Groups
 
-    decoder = build_decoder(read_spec(source), groups=Groups(tp=world, dp=1), dtype=torch.float32)
+    decoder = build_decoder(read_spec(source), groups=Groups(tp=world, dp=1), options=BuildOptions(dtype=torch.float32))
     import_weights(decoder, source)
     mine = trouble if trouble.get("rank") == rank else {}
     blocks: list[int] = []

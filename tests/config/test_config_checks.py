@@ -89,11 +89,26 @@ def test_layouts() -> None:
     assert only(("models.small.layout", {"sequence_parallel": True}), ("models.large.layout", {})).startswith(
         "models.small.layout.sequence_parallel: needs tensor parallelism; set models.small.layout.tp=2"
     )
-    found = problems(spoilt(("models.large.layout", {"tp": 1, "dp": 2})))
-    assert [problem.rpartition("; ")[2] for problem in found] == [
-        "set models.large.layout.tp=2",
-        "set models.large.layout.dp=1",
-    ]
+    assert problems(spoilt(("models.large.layout", {"tp": 1, "dp": 2}))) == []  # a teacher has a layout of its own
+    assert only(("models.large.layout", {"vpp": 2})).startswith(
+        "models.large.layout.vpp: 2 parts of a pipeline stage, and there is no pipeline; set models.large.layout.pp=2"
+    )
+    assert only(("models.large.layout", {"tp": 2, "ep": 4})).startswith(
+        "models.large.layout.ep: etp x ep = 4 does not divide tp x dp = 2, the ranks of a stage"
+    )
+    assert only(("models.small.fp8", "blockwise")).endswith("set models.small.dtype=bfloat16")
+    assert only(("models.large.fp8", "blockwise"), ("models.large.layers", "local")).endswith(
+        "set models.large.layers=te, or models.large.fp8=null"
+    )
+
+
+def test_ranks_of_a_run() -> None:
+    def num_ranks(*changes: tuple[str, Any]) -> int:
+        return spoilt(*changes).num_ranks
+
+    assert num_ranks() == 2
+    assert num_ranks(("models.large.layout", {"tp": 2, "pp": 2})) == 4
+    assert num_ranks(("models.large.layout", {"tp": 2, "pp": 2}), ("teachers", [{"model": "large", "ranks": "own"}])) == 6
 
 
 def test_teachers_and_beta() -> None:

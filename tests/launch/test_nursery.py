@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import json
+import mmap
 import os
 import signal
 import subprocess
@@ -44,6 +45,18 @@ def end(how: str) -> None:
             os._exit(7)
         case "crash":
             ctypes.string_at(0)
+
+
+def share(paths: list[str], ready: str) -> None:
+    """Maps shared memory, making what is not there."""
+    mapped = []
+    for path in paths:
+        with open(path, "a+b") as file:
+            if not os.path.getsize(path):
+                file.truncate(4096)
+            mapped.append(mmap.mmap(file.fileno(), 4096))
+    publish(ready, [os.getpid()])
+    time.sleep(600)
 
 
 def stay(pids: str, shm: str | None = None, deaf: bool = False, leaves_group: bool = True) -> None:
@@ -261,6 +274,22 @@ def test_nothing_outlives_an_owner_that_is_killed(tmp_path, monkeypatch, when):
     owner.wait()
     assert eventually(lambda: all(gone(pid) for pid in pids)), "a process is left"
     assert not private.exists() and not Path(shm + "weights").exists()
+
+
+def test_shared_memory_of_libraries_is_removed_and_no_one_elses(tmp_path):
+    made, others, older = (Path(f"/dev/shm/{kind}-{os.getpid()}") for kind in ("library", "dgrpo-other", "older"))
+    older.write_bytes(bytes(4096))
+    time.sleep(1.5)
+    try:
+        with Nursery((), log_path=tmp_path / "server.log") as nursery:
+            paths = [str(made), str(others), str(older)]
+            start(nursery, tmp_path, "share", paths=paths, ready=str(tmp_path / "ready"))
+            published(tmp_path / "ready")
+            assert made.exists()
+        assert not made.exists() and others.exists() and older.exists()
+    finally:
+        for path in (made, others, older):
+            path.unlink(missing_ok=True)
 
 
 def test_children_do_not_need_the_owner_to_die_with_the_server(tmp_path):

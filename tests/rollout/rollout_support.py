@@ -113,10 +113,11 @@ def make_engine(folder: str, **settings: object):  # type: ignore[no-untyped-def
     from megatron_dgrpo.rollout import host
 
     os.environ.update(host._ENVIRONMENT)
+    tempfile.tempdir = os.path.dirname(folder)  # vLLM leaves a file behind
     from megatron_dgrpo.rollout.engine import Engine
 
     usual = dict(dtype="float32", max_model_len=CONTEXT, kv_cache_bytes=2**26, max_num_seqs=32)
-    return Engine(**{**usual, "prefix_cache": True, "threads": 1, "seed": 0, "model_path": folder, **settings})
+    return Engine(**{**usual, "prefix_cache": True, "threads": 1, "model_path": folder, **settings})
 
 
 def run_engine(engine, requests: Sequence[GenerateRequest]) -> Answers:  # type: ignore[no-untyped-def]
@@ -167,6 +168,8 @@ def engine_host(folder: str, **settings: object) -> Iterator[Host]:
         max_model_len=CONTEXT,
         kv_cache_bytes=2**26,
         max_num_seqs=32,
+        prefix_cache=True,
+        threads=1,
     )
     child = server.start("engine", "megatron_dgrpo.rollout.host:serve", {**args, **settings}, log_path=home / "log")
     try:

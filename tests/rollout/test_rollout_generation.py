@@ -2,6 +2,7 @@
 
 import os
 import signal
+import tempfile
 import threading
 import time
 
@@ -136,7 +137,7 @@ def test_every_problem_of_every_request_is_listed_and_the_engine_lives_on(host):
 
 
 def test_a_prompt_twice_in_a_call_is_refused(host):
-    with pytest.raises(RolloutError, match=r"prompts \['p'\] are twice"):
+    with pytest.raises(RolloutError, match=r"prompts \['p'\] are there twice"):
         host.client.generate([request(), request()], deadline_s=60)
 
 
@@ -196,6 +197,7 @@ def test_a_wrong_key_is_refused_at_once(host):
     with pytest.raises(RolloutError, match="refused this run's key"):
         EngineClient.connect(host.address, "0" * 64, deadline_s=20)
     assert time.monotonic() - start < 5
+    host.client.describe()  # the refusal is in the log by now
     assert "came with a wrong key" in host.child.last_words()
 
 
@@ -207,8 +209,8 @@ def test_an_update_must_not_begin_while_samples_are_unfinished(host):
     with pytest.raises(RolloutError, match="32 samples are unfinished"):
         host.client.begin_update(1, [], "/dev/shm/nothing", 64, deadline_s=20)
     completions.close()
-    next(iter(completions), None)
-    assert host.client.describe().whole
+    wait_until_idle(host)
+    assert host.client.describe().whole and list(completions) == []
 
 
 def test_an_update_without_a_beginning_is_refused(host):
@@ -269,6 +271,54 @@ def test_a_client_that_dies_in_an_update_leaves_an_engine_that_refuses(host, unt
 
 
 # ---- the end of a host ----
+
+
+def host_with_a_broken_engine(folder, address, key):
+    from megatron_dgrpo.rollout import host
+
+    os.environ.update(host._ENVIRONMENT)
+    from megatron_dgrpo.rollout.engine import Engine
+
+    step = Engine.step
+
+    def breaks(self):
+        if "1" in self._unfinished:  # not the warm-up
+            raise RuntimeError("the cable came off")
+        return step(self)
+
+    Engine.step = breaks
+    host.serve(
+        address=address,
+        key=key,
+        model_path=folder,
+        dtype="float32",
+        max_model_len=CONTEXT,
+        kv_cache_bytes=2**26,
+        max_num_seqs=32,
+        prefix_cache=True,
+        threads=1,
+    )
+
+
+def test_an_engine_that_breaks_says_so_to_all_who_wait_and_ends(untied_folders):
+    ends, key = [], "k" * 32
+
+    def run(address):
+        try:
+            run_forked(host_with_a_broken_engine, untied_folders[0], address, key, preload="engine")
+        except AssertionError as error:
+            ends.append(str(error))
+
+    with tempfile.TemporaryDirectory() as home:
+        thread = threading.Thread(target=run, args=(f"unix:{home}/engine",))
+        thread.start()
+        clients = [EngineClient.connect(f"unix:{home}/engine", key, deadline_s=60) for _ in range(2)]
+        waiting = [client.generate(long_requests(), deadline_s=60) for client in clients[::-1]]
+        for completions in waiting:
+            with pytest.raises(RolloutError, match="the engine broke while generating: RuntimeError: the cable|closed"):
+                next(completions)
+        thread.join(20)
+    assert "the cable came off" in ends[0]
 
 
 def test_a_host_ends_with_its_last_owner(untied_folders):

@@ -204,7 +204,7 @@ def leftovers():
 def test_pushes_leave_nothing_behind(world_size):
     results = run_distributed(push, world_size, "", 3)
     assert [seen for seen, _, _ in results] == [["", "", ""]] * world_size
-    assert max(keys for _, _, keys in results) <= 2 + 2 * world_size  # the barrier's own
+    assert max(keys for _, _, keys in results) <= 2 + 3 * world_size  # the barrier's own, and each rank's turns
     assert leftovers() == []
 
 
@@ -257,11 +257,58 @@ def test_no_room_in_shared_memory_is_an_error_and_not_a_crash(tmp_path):
     assert leftovers() == []
 
 
-def test_a_topic_is_used_once(tmp_path):
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-    first = Board(store, "topic", rank=0, num_ranks=1, deadline_s=5)
-    first.enter()
-    with pytest.raises(TransferError, match="topic was begun before and has not ended well"):
-        Board(store, "topic", rank=0, num_ranks=1, deadline_s=5).enter()
-    first.leave([])
-    Board(store, "topic", rank=0, num_ranks=1, deadline_s=5).enter()
+def use_topic(rank, world_size, turns):
+    """Ranks fail and leave in turn, before the others have come or after."""
+    import torch.distributed as dist
+
+    store, seen = dist.distributed_c10d._get_default_store(), []
+    for turn in range(turns):
+        board = Board(store, "topic", rank=rank, num_ranks=world_size, deadline_s=20)
+        try:
+            if turn % 4 == rank:
+                raise TransferError(f"failure {turn}")
+            board.count("here")
+            board.await_count("here", world_size, "the others")
+            seen.append(turn)
+        except TransferError as error:
+            board.fail(str(error))
+            seen.append(str(error).partition(" (")[0])
+        finally:
+            board.leave(["here"])
+    dist.barrier()
+    return seen, [
+        key for turn in range(turns) for key in ("here", "left", "failure") if store.check([f"topic/{turn + 1}/{key}"])
+    ]
+
+
+def test_a_topic_can_be_used_again_whoever_failed_and_left_early():
+    expected = [f"failure {turn}" if turn % 4 < 3 else turn for turn in range(60)]
+    assert run_distributed(use_topic, 3, 60) == [(expected, [])] * 3
+
+
+def push_different_versions(rank, world_size):
+    import torch.distributed as dist
+
+    try:
+        push_weights(
+            half_shards(tensors(), rank, world_size),
+            manifest_of(tensors()),
+            version=5 + rank,
+            store=dist.distributed_c10d._get_default_store(),
+            rank=rank,
+            num_ranks=world_size,
+            bucket_bytes=1200,
+            shm_prefix=PREFIX,
+            deadline_s=20.0,
+        )
+    except TransferError as error:
+        return str(error)
+    finally:
+        dist.barrier()
+
+
+def test_ranks_that_push_different_versions_find_out():
+    errors = run_distributed(push_different_versions, 2)
+    assert errors[1] == "it was told to push version 6, and rank 0 version 5"
+    assert errors[0].startswith(f"rank 1: {errors[1]}")
+    assert leftovers() == []

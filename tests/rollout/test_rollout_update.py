@@ -17,6 +17,7 @@ from rollout_support import (
 )
 
 from megatron_dgrpo.errors import RolloutError, TransferError
+from megatron_dgrpo.rollout.checksum import checksum
 from megatron_dgrpo.rollout.messages import BeginUpdate, LoadBucket, TensorSpec
 from megatron_dgrpo.testing.distributed import run_distributed, run_forked
 
@@ -181,6 +182,61 @@ def test_experts_are_packed_again(moe_folders, tmp_path):
     right = fresh(moe_folders[1], greedy())
     assert difference(packed_again, right) <= TOLERANCE
     assert difference(not_packed, right) > 0.01
+
+
+def faulty_buckets(folder, path):
+    """What a client may get wrong about a bucket; the engine's answers, and whether it was whole afterwards."""
+    engine = make_engine(folder)
+    tensors = whole_tensors(folder)
+    name, tensor = "model.norm.weight", whole_tensors(folder)["model.norm.weight"]
+    with open(path, "wb") as file:
+        file.write(tensor.numpy().tobytes())
+    specs = tuple(TensorSpec(n, tuple(t.shape), "float32") for n, t in tensors.items())
+    good, answers = checksum(tensor), []
+
+    def trial(begin, *loads):
+        try:
+            engine.begin_update(begin)
+            for load in loads:
+                engine.load_bucket(load)
+            answers.append(("", engine.whole))
+        except TransferError as error:
+            answers.append((str(error), engine.whole))
+        engine.abandon_update()
+        answers[-1] += (engine.whole,)
+
+    begin = BeginUpdate(0, 1, specs, path, 256)
+    trial(BeginUpdate(0, 1, specs, path + ".not", 256))
+    trial(BeginUpdate(0, 1, specs, path, 257))
+    trial(BeginUpdate(0, 1, (*specs, specs[0]), path, 256))
+    trial(begin)
+    trial(begin, LoadBucket(0, (name,), (4,), ()))
+    trial(begin, LoadBucket(0, (name,), (-4,), ()))
+    trial(begin, LoadBucket(0, ("model.norm.bias",), (0,), ()))
+    trial(begin, LoadBucket(0, (name,), (0,), (good ^ 1,)))
+    trial(begin, LoadBucket(0, (name,), (0,), (good,)), LoadBucket(0, (name,), (0,), (good,)))
+    trial(begin, LoadBucket(0, (name,), (0,), (good,)))
+    return answers
+
+
+def test_faulty_buckets(untied_folders, tmp_path):
+    answers = run_forked(faulty_buckets, untied_folders[0], str(tmp_path / "file"), preload="engine")
+    expected = [
+        ("cannot open", True, True),
+        ("has fewer than the 257 bytes", True, True),
+        ("some names are there twice", True, True),
+        ("", False, True),  # it was begun and given up before a byte moved
+        ("model.norm.weight would lie outside of the file, at 4", False, False),
+        ("model.norm.weight would lie outside of the file, at -4", False, False),
+        ("not announced, or came before:\n  - model.norm.bias", False, False),
+        ("did not arrive as they were sent (checksums differ):\n  - model.norm.weight", False, False),
+        ("not announced, or came before:\n  - model.norm.weight", False, False),
+        ("", False, False),
+    ]
+    assert len(answers) == len(expected)
+    for (error, *whole), (text, *whole_expected) in zip(answers, expected, strict=True):
+        assert text in error and bool(text) == bool(error)
+        assert whole == whole_expected, error
 
 
 def in_bfloat16(folder, path):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from megatron_dgrpo.config.schema import Objective
+from megatron_dgrpo.config.schema import Layout, Objective
 from megatron_dgrpo.packing.trajectory import Segment, Trajectory
 from megatron_dgrpo.testing import run_distributed
 from megatron_dgrpo.testing.gradients import gather_data_parallel_gradients, pieces, relative_error, whole
@@ -67,46 +67,106 @@ def _trajectories(responses: list[Response]) -> list[Trajectory]:
     return result
 
 
-def _step(rank, world, folder, teacher_folder, trajectories, rewards, tp, sp, dtype, budget):
+@dataclass(frozen=True)
+class Case:
+    student: Layout = Layout()
+    teacher: Layout | None = None
+    """None: the student's."""
+    disjoint: bool = False
+    """The teacher has ranks of its own, after the student's."""
+    memory: str = "device"
+    dtype: torch.dtype = torch.float64
+    within: float = 1e-10
+    max_tokens: int = 64
+    recompute: str = "none"
+
+    @property
+    def world(self) -> int:
+        sizes = self.student.world_size, (self.teacher or self.student).world_size
+        return sum(sizes) if self.disjoint else max(sizes)
+
+
+def _step(rank, world, folder, teacher_folder, trajectories, rewards, case):
     from megatron_dgrpo.algorithms.build import dgrpo_loss, dgrpo_streams
-    from megatron_dgrpo.packing.pack import from_trajectories, pack, share
+    from megatron_dgrpo.checkpoint.hf.families import read_spec
+    from megatron_dgrpo.model.megatron_config import BuildOptions
+    from megatron_dgrpo.packing.pack import from_trajectories, micro_batches
     from megatron_dgrpo.parallel.groups import Groups
     from megatron_dgrpo.teacher.frozen import load_teacher
     from megatron_dgrpo.train.student import load_student
     from megatron_dgrpo.train.update import Work, compute_gradients
 
-    groups = Groups(tp=tp, dp=world // tp)
-    groups.seed(0)
-    student = load_student(folder, groups=groups, dtype=dtype, sequence_parallel=sp)
-    teacher = load_teacher(teacher_folder, student.decoder, groups=groups, dtype=dtype, sequence_parallel=sp)
-    streams = dgrpo_streams(trajectories, rewards, OBJECTIVE).streams
-    mine = share(from_trajectories(trajectories), groups.grid.coordinate("dp"), groups.grid.dp)
-    layouts = pack(mine, max_tokens=budget, multiple_of=4)
+    def groups_of(layout, first_rank=0):
+        return Groups(tp=layout.tp, dp=layout.dp, pp=layout.pp, ep=layout.ep, etp=layout.etp, first_rank=first_rank)
+
+    def options_of(layout, recompute="none"):
+        return BuildOptions(
+            case.dtype, sequence_parallel=layout.sequence_parallel, vpp=layout.vpp, recompute=recompute
+        )
+
+    groups = groups_of(case.student)
+    taught_by = case.teacher or case.student
+    own = groups if case.teacher is None else groups_of(taught_by, groups.grid.size if case.disjoint else 0)
+    (groups if groups.member else own).seed(0)
+    teacher = load_teacher(
+        teacher_folder,
+        groups=own,
+        options=options_of(taught_by),
+        student_spec=read_spec(folder),
+        student_groups=groups,
+        weights_in=case.memory,
+        rows_in=case.memory,
+    )
+    sequences = from_trajectories(trajectories)
+    rows = teacher.rows(sequences, max_tokens=case.max_tokens)
+    if not groups.member:
+        assert rows is None and teacher.head is None
+        return None
+    student = load_student(folder, groups=groups, options=options_of(case.student, case.recompute))
+    batches = micro_batches(
+        sequences,
+        rank=groups.grid.coordinate("dp"),
+        size=groups.grid.dp,
+        max_tokens=case.max_tokens,
+        multiple_of=4,
+        rounds_of=groups.grid.pp if case.student.vpp > 1 else 1,
+    )
     loss, factors = dgrpo_loss(OBJECTIVE)
-    rows = teacher.score(layouts)
-    metrics = compute_gradients(student, Work(layouts, streams, loss, factors, TEMPERATURE, teacher.head, rows))
-    gather_data_parallel_gradients(student.wrapped, groups.dp_cp)
-    return metrics, pieces(student.decoder, "main_grad"), len(layouts)
+    streams = dgrpo_streams(trajectories, rewards, OBJECTIVE).streams
+    metrics = compute_gradients(student, Work(batches, streams, loss, factors, TEMPERATURE, teacher.head, rows))
+    gather_data_parallel_gradients(student.wrapped)
+    return metrics, pieces(student.decoder, "main_grad"), len(batches)
+
+
+CASES = {
+    "one rank": Case(max_tokens=32),
+    "one rank, one micro-batch": Case(max_tokens=256),
+    "tp2": Case(Layout(tp=2)),
+    "tp2 sp": Case(Layout(tp=2, sequence_parallel=True)),
+    "dp2": Case(Layout(dp=2)),
+    "tp2 dp2 sp": Case(Layout(tp=2, dp=2, sequence_parallel=True), max_tokens=32),
+    "tp2 sp float32": Case(Layout(tp=2, sequence_parallel=True), dtype=torch.float32, within=1e-5),
+    "pp2": Case(Layout(pp=2), max_tokens=32),
+    "pp2 vpp2, rows in host memory": Case(Layout(pp=2, vpp=2), memory="host", max_tokens=32),
+    "tp2 pp2 sp recompute": Case(Layout(tp=2, pp=2, sequence_parallel=True), recompute="full"),
+    "dp2 taught by tp2 pp2": Case(Layout(dp=2), Layout(tp=2, pp=2)),
+    "dp2 taught by tp2 pp2 on its own ranks": Case(Layout(dp=2), Layout(tp=2, pp=2), disjoint=True),
+    "tp2 pp2 taught by dp2, rows in host memory": Case(
+        Layout(tp=2, pp=2, sequence_parallel=True), Layout(dp=2), memory="host"
+    ),
+    "tp4 taught by tp2 dp2 sp": Case(Layout(tp=4), Layout(tp=2, dp=2, sequence_parallel=True), memory="host"),
+    "tp2 dp2 taught by pp2 on its own ranks, rows in host memory": Case(
+        Layout(tp=2, dp=2), Layout(pp=2), disjoint=True, memory="host"
+    ),
+}
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize(
-    ("world", "tp", "sp", "budget", "dtype", "within"),
-    [
-        (1, 1, False, 32, torch.float64, 1e-10),
-        (1, 1, False, 256, torch.float64, 1e-10),
-        (2, 2, False, 64, torch.float64, 1e-10),
-        (2, 2, True, 64, torch.float64, 1e-10),
-        (2, 1, False, 64, torch.float64, 1e-10),
-        (4, 2, True, 32, torch.float64, 1e-10),
-        (2, 2, True, 64, torch.float32, 1e-5),
-    ],
-)
-def test_loss_and_gradients_equal_the_dense_reference(
-    tmp_path: Path, tied: bool, world: int, tp: int, sp: bool, budget: int, dtype: torch.dtype, within: float
-) -> None:
-    folder = save_tiny_qwen3(tmp_path / "student", tied=tied, seed=1, **SIZES)
-    teacher_folder = save_tiny_qwen3(tmp_path / "teacher", tied=not tied, hidden=96, layers=3, seed=2, **SIZES)
+@pytest.mark.parametrize("name", CASES)
+def test_loss_and_gradients_equal_the_dense_reference(tmp_path: Path, tied: bool, name: str) -> None:
+    case = CASES[name]
+    folder = save_tiny_qwen3(tmp_path / "student", tied=tied, seed=1, layers=4, **SIZES)
+    teacher_folder = save_tiny_qwen3(tmp_path / "teacher", tied=not tied, hidden=96, layers=4, seed=2, **SIZES)
     reference, teacher = (as_reference(path, torch.float64) for path in (folder, teacher_folder))
     models = [lambda ids, model=model: model(ids[None]).logits[0] for model in (reference, teacher)]
     responses = _with_old_logprobs(_responses(), *models)
@@ -117,15 +177,18 @@ def test_loss_and_gradients_equal_the_dense_reference(
 
     rewards = [r.reward for r in responses]
     ranks = run_distributed(
-        _step, world, str(folder), str(teacher_folder), _trajectories(responses), rewards, tp, sp, dtype, budget
+        _step, case.world, str(folder), str(teacher_folder), _trajectories(responses), rewards, case
     )
-    for metrics, _, _ in ranks:
-        assert metrics["loss"] == pytest.approx(expected.loss.item(), rel=within)
-        assert metrics["teacher_kl/loss"] == pytest.approx(expected.kl.item(), rel=within)
-    gradients = whole((found for _, found, _ in ranks), tolerance=within)
-    for name, parameter in reference.named_parameters():
-        assert relative_error(gradients[name], parameter.grad) <= within, name
-    assert (ranks[0][2] == 1) == (budget == 256)
+    trained = [rank for rank in ranks if rank is not None]
+    assert len(trained) == case.student.world_size
+    for metrics, _, _ in trained:
+        assert metrics == trained[0][0]
+        assert metrics["loss"] == pytest.approx(expected.loss.item(), rel=case.within)
+        assert metrics["teacher_kl/loss"] == pytest.approx(expected.kl.item(), rel=case.within)
+    gradients = whole((found for _, found, _ in trained), tolerance=case.within)
+    for parameter_name, parameter in reference.named_parameters():
+        assert relative_error(gradients[parameter_name], parameter.grad) <= case.within, parameter_name
+    assert (trained[0][2] == 1) == (case.max_tokens == 256)
 
 
 def _assert_the_case_is_hard(responses, expected) -> None:

@@ -75,9 +75,10 @@ def _decoder(folder: str, world: int) -> Any:
 
     from megatron_dgrpo.checkpoint.hf.families import read_spec
     from megatron_dgrpo.model.decoder import build_decoder
+    from megatron_dgrpo.model.megatron_config import BuildOptions
     from megatron_dgrpo.parallel.groups import Groups
 
-    return build_decoder(read_spec(folder), groups=Groups(tp=world, dp=1), dtype=torch.bfloat16)
+    return build_decoder(read_spec(folder), groups=Groups(tp=world, dp=1), options=BuildOptions(dtype=torch.bfloat16))
 
 
 def _shard(decoder: Any) -> int:

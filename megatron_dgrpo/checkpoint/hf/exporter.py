@@ -1,8 +1,7 @@
 """Weights out of a sharded model: as an iterator of boxes (for weight transfer), or as a Hugging Face folder.
 
 The iterator yields what this rank holds, in the order of `manifest`, as views of the live parameters; nothing is
-gathered. Exactly one rank yields each box: the data-parallel replica 0, and of tensors that tensor parallelism does
-not cut, rank 0.
+gathered. Exactly one rank yields each box, of all that hold it.
 
 A folder is written block by block (see `collection`): no rank ever holds more than its shard and a few blocks.
 """
@@ -35,11 +34,8 @@ def manifest(spec: ModelSpec, dtype: torch.dtype) -> list[WeightSpec]:
 
 def export_shards(decoder: Decoder, dtype: torch.dtype) -> Iterator[WeightShard]:
     """The boxes that this rank answers for, in the order of the manifest."""
-    grid = decoder.groups.grid
-    if grid.coordinate("dp") or grid.coordinate("cp"):
-        return
     for rule, box, local in local_parts(decoder):
-        if rule.axis is not None or not grid.coordinate("tp"):
+        if rule.answers(decoder.groups.grid):
             yield WeightShard(rule.hf_name, rule.hf_shape, dtype, box, local)
 
 

@@ -12,7 +12,7 @@ from megatron_dgrpo.checkpoint.agree import agreed
 from megatron_dgrpo.checkpoint.hf.headers import check_tensors, read_headers
 from megatron_dgrpo.checkpoint.hf.mapping import Rule, rules
 from megatron_dgrpo.checkpoint.hf.safetensors_folder import SafetensorsFolder
-from megatron_dgrpo.model.decoder import Decoder
+from megatron_dgrpo.model.decoder import Decoder, local_parameters
 from megatron_dgrpo.model.spec import ModelSpec
 
 
@@ -24,23 +24,12 @@ class Part(NamedTuple):
     tensor: torch.Tensor
 
 
-def local_parameters(decoder: Decoder) -> dict[str, torch.nn.Parameter]:
-    """This rank's parameters under Megatron's names with the layers' global numbers."""
-    named = {}
-    for name, parameter in decoder.named_parameters():
-        parts = name.split(".")
-        if parts[:2] == ["decoder", "layers"]:
-            parts[2] = str(decoder.decoder.layers[int(parts[2])].layer_number - 1)
-        named[".".join(parts)] = parameter
-    return named
-
-
 def local_parts(decoder: Decoder) -> Iterator[Part]:
     """All that this rank holds, replicated or not, in the order of the table."""
     grid, parameters = decoder.groups.grid, local_parameters(decoder)
     for rule in rules(decoder.spec):
         if rule.parameter in parameters:
-            for span in rule.spans(grid.coordinate("tp"), grid.tp):
+            for span in rule.held(grid):
                 view = parameters[rule.parameter].detach().narrow(rule.axis or 0, span.local, span.length)
                 yield Part(rule, box_of(rule, span.hf, span.length), view)
 
@@ -52,7 +41,7 @@ def zero_padding(decoder: Decoder) -> None:
     axes: dict[str, int] = {}
     for rule in rules(decoder.spec):
         axes[rule.parameter] = rule.axis or 0
-        for span in rule.spans(grid.coordinate("tp"), grid.tp):
+        for span in rule.held(grid):
             held.setdefault(rule.parameter, []).append((span.local, span.local + span.length))
     for name, parameter in parameters.items():
         assert name in axes, f"no rule of the table fills {name}"

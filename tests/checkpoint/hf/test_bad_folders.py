@@ -139,6 +139,7 @@ def test_an_index_that_does_not_fit(tmp_path: Path) -> None:
 
 def load(rank: int, world: int, folder: str, gone_for: int | None) -> None:
     from megatron_dgrpo.checkpoint.hf import importer
+    from megatron_dgrpo.model.megatron_config import BuildOptions
     from megatron_dgrpo.parallel.groups import Groups
     from megatron_dgrpo.train.student import load_student
 
@@ -148,7 +149,7 @@ def load(rank: int, world: int, folder: str, gone_for: int | None) -> None:
             name: dataclasses.replace(header, file=header.file.with_name("gone"))
             for name, header in check(*args).items()
         }
-    load_student(folder, groups=Groups(tp=world, dp=1), dtype=torch.float32, sequence_parallel=False)
+    load_student(folder, groups=Groups(tp=world, dp=1), options=BuildOptions(dtype=torch.float32))
 
 
 def test_what_one_rank_cannot_read_stops_all(folder: Path) -> None:

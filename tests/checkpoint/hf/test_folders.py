@@ -42,10 +42,11 @@ def through_megatron(
     from megatron_dgrpo.checkpoint.hf.families import read_spec
     from megatron_dgrpo.checkpoint.hf.importer import import_weights
     from megatron_dgrpo.model.decoder import build_decoder
+    from megatron_dgrpo.model.megatron_config import BuildOptions
     from megatron_dgrpo.parallel.groups import Groups
 
     groups = Groups(tp=tp, dp=world // tp)
-    decoder = build_decoder(read_spec(source), groups=groups, dtype=getattr(torch, kept))
+    decoder = build_decoder(read_spec(source), groups=groups, options=BuildOptions(dtype=getattr(torch, kept)))
     for parameter in decoder.parameters():
         parameter.data.fill_(float("nan"))
     read: list[int] = []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from megatron_dgrpo.data.dataset import read_rows
 from megatron_dgrpo.observe.timers import Phases
 from megatron_dgrpo.train.collect import collect, totals
 from megatron_dgrpo.train.run import Run
@@ -27,7 +26,7 @@ def evaluate(run: Run, stage: int, step: int) -> None:
     trajectories = collect(
         run,
         settings.engine,
-        read_rows(settings.data)[: settings.num_prompts],
+        run.heldout,
         sampling=settings.sampling,
         num_samples=1,
         rewards=settings.rewards,

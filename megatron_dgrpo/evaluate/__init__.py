@@ -1,1 +1,0 @@
-"""How good the student is: held-out prompts with rewards."""

@@ -1,0 +1,32 @@
+"""The stages of a run as a rank goes through them that has a part of the teacher and none of the student."""
+
+from __future__ import annotations
+
+from megatron_dgrpo.config.schema import DGRPO, SFT
+from megatron_dgrpo.observe.timers import Phases
+from megatron_dgrpo.packing.pack import from_trajectories
+from megatron_dgrpo.train.collect import collect
+from megatron_dgrpo.train.dgrpo import by_prompts
+from megatron_dgrpo.train.evaluation import evaluate
+from megatron_dgrpo.train.run import Run
+
+
+def assist(run: Run, stage: SFT | DGRPO, number: int) -> None:
+    """It takes what rank 0 publishes, in the same order as all, and lets the teacher score it."""
+    evaluate(run, number, 0)
+    for step in range(1, stage.steps + 1):
+        if isinstance(stage, DGRPO):
+            trajectories = collect(
+                run,
+                stage.engine,
+                (),
+                sampling=stage.sampling,
+                num_samples=stage.group_size,
+                rewards=stage.rewards,
+                seed=run.config.seed + number,
+                step=step,
+                phases=Phases(),
+            )
+            for members in by_prompts(trajectories, stage) if stage.objective.beta else ():
+                run.load_teacher().rows(from_trajectories(members), max_tokens=stage.micro_batch_tokens)
+        evaluate(run, number, step)

@@ -1,0 +1,38 @@
+"""What vLLM loads of this package changes nothing outside of an engine host."""
+
+import os
+from importlib.metadata import entry_points
+
+from megatron_dgrpo.testing.distributed import run_forked
+
+
+def register_twice(as_host: bool):
+    import vllm._custom_ops as ops
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+    from vllm.model_executor.layers import utils
+
+    from megatron_dgrpo.rollout import vllm_plugin
+
+    os.environ.pop(vllm_plugin.HOST_ENV, None)
+    if as_host:
+        os.environ[vllm_plugin.HOST_ENV] = "1"
+    before = ops._supports_onednn, utils.check_cpu_sgl_kernel
+    vllm_plugin.register()
+    vllm_plugin.register()
+    engine = WeightTransferEngineFactory._registry[vllm_plugin.BACKEND]()
+    return before[0], ops._supports_onednn, utils.check_cpu_sgl_kernel is before[1], engine.__name__
+
+
+def test_weights_stay_plain_in_a_host_and_packed_elsewhere():
+    assert run_forked(register_twice, False, preload="engine") == (True, True, True, "SharedMemoryWeightTransferEngine")
+    assert run_forked(register_twice, True, preload="engine") == (
+        True,
+        False,
+        False,
+        "SharedMemoryWeightTransferEngine",
+    )
+
+
+def test_vllm_finds_the_plugin_where_the_package_is_installed():
+    (ours,) = [e for e in entry_points(group="vllm.general_plugins") if e.name == "megatron_dgrpo"]
+    assert ours.value == "megatron_dgrpo.rollout.vllm_plugin:register"

@@ -1,0 +1,228 @@
+"""The whole loop, for real: ranks, a vLLM engine, a teacher, weight transfer; and how it ends when a part is killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_dgrpo.config.loader import load
+from megatron_dgrpo.errors import ConfigError
+from megatron_dgrpo.launch.run import train
+from megatron_dgrpo.observe.metrics import read_metrics
+
+TEMPERATURE = 0.7
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from megatron_dgrpo.testing.one_hop_models import write_models
+
+    folder = tmp_path_factory.mktemp("one_hop")
+    write_models(folder, 0)
+    return folder
+
+
+def _config(files: Path, run_dir: Path, **changes: Any) -> dict[str, Any]:
+    """SFT for two steps, dGRPO for three at T = 0.7 with two updates per batch, one at T = 1; TP2, sequence parallel."""
+    data = {"path": str(files / "task/train.jsonl")}
+    layout = {"tp": 2, "sequence_parallel": True}
+    rewards = [{"kind": "exact_match"}]
+    dgrpo = {
+        "kind": "dgrpo",
+        "data": data,
+        "engine": "rollout",
+        "prompts_per_step": 4,
+        "group_size": 4,
+        "rewards": rewards,
+        "optimizer": {"lr": 1e-3},
+    }
+    config = {
+        "run_dir": str(run_dir),
+        "models": {
+            name: {"path": str(files / name), "dtype": "float32", "layout": layout} for name in ("student", "teacher")
+        },
+        "student": "student",
+        "teachers": [{"model": "teacher"}],
+        "engines": {
+            "rollout": {"model": "student", "max_model_len": 32, "kv_cache_bytes": 2**26, "bucket_bytes": 2**16}
+        },
+        "evaluation": {
+            "data": {"path": str(files / "task/heldout.jsonl")},
+            "engine": "rollout",
+            "num_prompts": 16,
+            "sampling": {"max_tokens": 4},
+            "rewards": rewards,
+        },
+        "stages": [
+            {"kind": "sft", "data": data, "steps": 2, "batch_size": 8, "optimizer": {"lr": 1e-2}},
+            dgrpo | {"steps": 3, "updates_per_batch": 2, "sampling": {"max_tokens": 4, "temperature": TEMPERATURE}},
+            dgrpo | {"steps": 1, "sampling": {"max_tokens": 4}},
+        ],
+    }
+    return config | changes
+
+
+def _write(folder: Path, config: dict[str, Any]) -> Path:
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def test_a_run_from_its_start_to_an_exported_folder(files: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    assert train(load(_write(tmp_path, _config(files, run_dir)))) == 0
+    records = read_metrics(run_dir / "metrics.jsonl").records
+    updates = [r for r in records if r["stage"] == "dgrpo" and "update" in r]
+    assert [(r["step"], r["update"]) for r in updates] == [(s, u) for s in (1, 2, 3) for u in (1, 2)] + [(1, 1)]
+    for record in updates:
+        # the log-probs of the engine and the trainer are those of the same weights: every transfer arrived
+        assert record["mismatch/max"] <= 1e-4 and record["teacher_kl/kl"] > 0.01
+        assert record["nonfinite_rows"] == 0
+        assert record["surrogate/ratio"] == pytest.approx(1.0, abs=1e-6 if record["update"] == 1 else 0.5)
+    assert any(abs(r["surrogate/ratio_max"] - 1) > 1e-6 for r in updates if r["update"] == 2)
+    assert [r["step"] for r in records if "heldout/reward" in r] == [0, 2, 0, 3, 0, 1]
+    assert {"config.yaml", "metrics.jsonl", "logs", "hf"} <= {path.name for path in run_dir.iterdir()}
+    _loads_in_transformers_and_differs(run_dir / "hf", files / "student")
+    assert not list(Path("/dev/shm").glob("dgrpo-*"))
+
+
+def test_a_pipeline_taught_from_other_ranks_with_rotary_embeddings_of_the_configs_choice(
+    files: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    config = _config(files, run_dir)
+    student = {"layout": {"pp": 2}, "rope": {"kind": "yarn", "factor": 4, "original_max_positions": 8}}
+    config["models"]["student"] |= student
+    config["models"]["teacher"]["layout"] = {"dp": 1}
+    config["teachers"] = [{"model": "teacher", "ranks": "own", "rows_in": "host"}]
+    assert train(load(_write(tmp_path, config))) == 0
+    updates = [r for r in read_metrics(run_dir / "metrics.jsonl").records if "update" in r and r["stage"] == "dgrpo"]
+    assert len(updates) == 7
+    for record in updates:  # engine and trainer turn by the same angles, and hold the same weights
+        assert record["mismatch/max"] <= 1e-4 and record["teacher_kl/kl"] > 0.01
+
+
+def _loads_in_transformers_and_differs(exported: Path, source: Path) -> None:
+    from safetensors.torch import load_file
+    from transformers import AutoTokenizer, Qwen3ForCausalLM
+
+    model = Qwen3ForCausalLM.from_pretrained(exported)
+    before, after = load_file(source / "model.safetensors"), load_file(exported / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all((before[name] != after[name]).any() for name in before)
+    assert (model.model.norm.weight == after["model.norm.weight"]).all()
+    assert AutoTokenizer.from_pretrained(exported).get_vocab() == AutoTokenizer.from_pretrained(source).get_vocab()
+
+
+def test_what_is_wrong_is_said_before_anything_starts(files: Path, tmp_path: Path) -> None:
+    config = _config(files, tmp_path / "run")
+    config["models"]["teacher"] = {"path": str(files / "task"), "dtype": "float32", "layout": {"vpp": 2}}
+    config["models"]["student"]["layout"] = {"tp": 3, "sequence_parallel": True}
+    with pytest.raises(ConfigError, match=r"(?s)models.teacher.layout.vpp: 2.*config.json does not exist"):
+        train(load(_write(tmp_path, config)))
+    config["models"]["teacher"]["path"] = str(files / "teacher")
+    config["models"]["teacher"]["layout"] = {"tp": 3}
+    with pytest.raises(ConfigError, match=r"(?s)tp=3 does not divide the 2 .*heads.*tp=3 does not divide the 4"):
+        train(load(_write(tmp_path, config)))
+    assert not (tmp_path / "run").exists()
+
+
+# ---- ends that nobody wanted ----
+
+
+def _descendants(pid: int) -> set[int]:
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if fields[0] != "Z":
+            parents[int(stat.parent.name)] = int(fields[1])
+    found, last = {pid}, set()
+    while found != last:
+        last = set(found)
+        found |= {child for child, parent in parents.items() if parent in found}
+    return found
+
+
+def _alive(pids: set[int]) -> set[int]:
+    alive = set()
+    for pid in pids:
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+                alive.add(pid)
+        except OSError:
+            pass
+    return alive
+
+
+def _wait(condition: Callable[[], object], seconds: float, what: str) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.1)
+
+
+@pytest.fixture
+def running(files: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
+    """`dgrpo train` in the middle of its dGRPO stage."""
+    config = _config(files, tmp_path / "run")
+    config["stages"][1]["steps"] = 100_000
+    command = [sys.executable, "-m", "megatron_dgrpo.cli", "train", str(_write(tmp_path, config))]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "run/metrics.jsonl"
+    second_step = '"stage": "dgrpo", "stage_number": 1, "step": 2'
+    try:
+        _wait(
+            lambda: process.poll() is not None or (metrics.exists() and second_step in metrics.read_text()),
+            120,
+            "the run did not get to its second dGRPO step",
+        )
+        assert process.poll() is None, process.stderr.read()
+        yield process, tmp_path / "run"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _named(pids: set[int], name: str) -> list[int]:
+    return [pid for pid in pids if Path(f"/proc/{pid}/comm").read_text().strip() == name]
+
+
+def test_ctrl_c_leaves_no_process(running: tuple[subprocess.Popen[str], Path]) -> None:
+    process, _ = running
+    family = _descendants(process.pid)
+    assert len(family) == 6, "supervisor, two servers, two ranks, one engine host"
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    _wait(lambda: not _alive(family), 20, "processes are left after Ctrl-C")
+    assert "interrupted" in process.stderr.read()
+
+
+def test_sigkill_of_the_supervisor_leaves_no_process(running: tuple[subprocess.Popen[str], Path]) -> None:
+    process, _ = running
+    family = _descendants(process.pid)
+    process.kill()
+    _wait(lambda: not _alive(family), 30, "processes are left after the supervisor's death")
+    assert not list(Path("/dev/shm").glob("dgrpo-*"))
+
+
+def test_a_killed_engine_ends_the_run_with_its_name(running: tuple[subprocess.Popen[str], Path]) -> None:
+    process, _ = running
+    family = _descendants(process.pid)
+    (engine,) = _named(family, "engine-rollout")
+    os.kill(engine, signal.SIGKILL)
+    assert process.wait(60) == 1
+    said = process.stderr.read()
+    assert "engine-rollout (engine host" in said and "SIGKILL" in said and "last words" in said
+    _wait(lambda: not _alive(family), 20, "processes are left")
