@@ -30,7 +30,7 @@ class SilentSteps:
         self._next *= 2
         return (
             f"warning: {self._count} steps in a row without anything to learn from: the responses to each prompt all "
-            f"had the same reward (the last ones {facts['reward/mean']:g} on average), and no teacher has a say. Look "
-            "at the rewards of the responses, take prompts that are neither too hard nor too easy, or raise group_size or "
-            "sampling.temperature"
+            f"had the same reward (the last ones {facts['reward/mean']:g} on average), and no teacher has a say. "
+            "Look at the rewards of the responses, take prompts that are neither too hard nor too easy, or raise "
+            "group_size or sampling.temperature"
         )
