@@ -234,7 +234,8 @@ class Config(Frozen):
     """A run."""
 
     run_dir: str
-    """Folder for everything that the run leaves behind; it must not exist or be empty."""
+    """Folder for everything that the run leaves behind; it must not exist or be empty, but for what a run leaves that
+    failed before its first step (config.yaml and logs)."""
     seed: NonNegativeInt = 0
     threads_per_rank: PositiveInt = 1
     """CPU threads of each trainer rank."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from megatron_dgrpo.checkpoint.hf.families import read_spec
 from megatron_dgrpo.config.loader import load
 from megatron_dgrpo.config.schema import DGRPO, SFT, Config
+from megatron_dgrpo.config.stages import micro_batch_room
 from megatron_dgrpo.data.compatibility import check_fits, check_same
 from megatron_dgrpo.data.dataset import read_rows
 from megatron_dgrpo.data.lengths import check_lengths
@@ -55,7 +56,7 @@ def _check_stage(config: Config, number: int, tokenizer: Tokenizer) -> None:
     stage = config.stages[number]
     match stage:
         case SFT():
-            limit, setting, response = stage.micro_batch_tokens, f"stages.{number}.micro_batch_tokens", None
+            limit, setting, response = micro_batch_room(config, number), f"stages.{number}.micro_batch_tokens", None
         case DGRPO():
             limit, setting = config.engines[stage.engine].max_model_len, f"engines.{stage.engine}.max_model_len"
             response = stage.sampling.max_tokens
