@@ -30,7 +30,8 @@ from megatron_dgrpo.checkpoint.megatron import load_megatron, read_about
 from megatron_dgrpo.checkpoint.progress import ByteProgress
 from megatron_dgrpo.errors import ConversionError, listing
 from megatron_dgrpo.model.decoder import Decoder
-from megatron_dgrpo.packing.pack import pack, sequence
+from megatron_dgrpo.packing.pack import Packing
+from megatron_dgrpo.packing.trees import sequence
 
 NUM_TOKENS = 64
 TOLERANCE = 1e-4
@@ -113,7 +114,8 @@ def decoder_outputs(decoder: Decoder, tokens: np.ndarray) -> Outputs:
         layer.register_forward_hook(_keep(outputs, f"layer {layer.layer_number - 1}", lambda hidden: hidden[:, 0]))
         for layer in part.decoder.layers
     ]
-    (packed,) = pack([sequence("0", tokens, np.arange(len(tokens)) > 0, 0)], max_tokens=len(tokens), multiple_of=1)
+    whole = sequence("0", tokens, np.arange(len(tokens)) > 0, 0)
+    (packed,) = Packing(max_tokens=len(tokens)).micro_batches([whole])
     hidden, head = part(packed)[:, 0], decoder.head()
     logits = hidden @ head.weight_VH[: head.num_valid].T
     for hook in hooks:

@@ -100,10 +100,11 @@ def _layouts(config: Config) -> Iterator[str]:
                 f"{where}.layout.vpp: {layout.vpp} parts of a pipeline stage, and there is no pipeline; set "
                 f"{where}.layout.pp=2 or more, or {where}.layout.vpp=1"
             )
-        if layout.tp * layout.dp % (layout.etp * layout.ep):
+        if layout.tp * layout.cp * layout.dp % (layout.etp * layout.ep):
             yield (
-                f"{where}.layout.ep: etp x ep = {layout.etp * layout.ep} does not divide tp x dp = "
-                f"{layout.tp * layout.dp}, the ranks of a stage; choose a divisor, or raise {where}.layout.dp"
+                f"{where}.layout.ep: etp x ep = {layout.etp * layout.ep} does not divide tp x cp x dp = "
+                f"{layout.tp * layout.cp * layout.dp}, the ranks of a stage; choose a divisor, or raise "
+                f"{where}.layout.dp"
             )
         if model.fp8 is not None and model.dtype != "bfloat16":
             yield f"{where}.fp8: the weights beside FP8 products are bfloat16; set {where}.dtype=bfloat16"

@@ -20,6 +20,8 @@ class Layout(Frozen):
 
     tp: PositiveInt = 1
     """Tensor-parallel size: each layer's matrices and the vocabulary are cut into this many shards."""
+    cp: PositiveInt = 1
+    """Context-parallel size: a micro-batch's tokens are spread over this many ranks, which exchange keys and values."""
     dp: PositiveInt = 1
     """Data-parallel size: replicas that work on different micro-batches."""
     pp: PositiveInt = 1
@@ -27,15 +29,15 @@ class Layout(Frozen):
     vpp: PositiveInt = 1
     """Virtual stages: each stage has so many parts that are not neighbours, for a shorter bubble (needs pp > 1)."""
     ep: PositiveInt = 1
-    """Expert-parallel size: experts are spread over so many of a stage's tp x dp ranks."""
+    """Expert-parallel size: experts are spread over so many of a stage's tp x cp x dp ranks."""
     etp: PositiveInt = 1
-    """Tensor-parallel size of the experts; etp x ep divides tp x dp."""
+    """Tensor-parallel size of the experts; etp x ep divides tp x cp x dp."""
     sequence_parallel: bool = False
     """Cut the activations between tensor-parallel regions along the sequence, too (needs tp > 1)."""
 
     @property
     def world_size(self) -> int:
-        return self.tp * self.dp * self.pp
+        return self.tp * self.cp * self.dp * self.pp
 
 
 class DefaultRope(Frozen):
@@ -199,7 +201,10 @@ class Stage(Frozen):
     """Batches to train on."""
     optimizer: Adam
     micro_batch_tokens: PositiveInt = 8192
-    """Sequences are packed into micro-batches of at most so many tokens."""
+    """Sequences are packed into micro-batches of at most so many tokens (on all context-parallel ranks together). A
+    prompt counts once for all of its responses; a group that is larger is cut into several, each with the prompt."""
+    on_overlong: Literal["error", "drop"] = "error"
+    """A sequence that is longer than a micro-batch or the model's context ends the run, or is dropped and counted."""
 
 
 class SFT(Stage):

@@ -28,13 +28,13 @@ def samplers(config: Config) -> list[tuple[str, DGRPO | Evaluation]]:
     return found + ([("evaluation", config.evaluation)] if config.evaluation else [])
 
 
-def padding_unit(*, tp: int, cp: int = 1, sequence_parallel: bool = False, fp8: FP8 | None = None) -> int:
-    """The number of tokens of a micro-batch is a multiple of this.
+def padding_unit(*, tp: int, sequence_parallel: bool = False, fp8: FP8 | None = None) -> int:
+    """The number of a micro-batch's tokens on one rank of a context-parallel group is a multiple of this.
 
-    Context parallelism cuts it into equal parts, sequence parallelism each of these once more, and every part of FP8
-    training is cut into whole blocks: FP8 products contract over tokens when they form a weight's gradient.
+    Sequence parallelism cuts them into equal parts, and every part of FP8 training is cut into whole blocks: FP8
+    products contract over tokens when they form a weight's gradient.
     """
-    return cp * (tp if sequence_parallel else 1) * (_FP8_UNIT[fp8] if fp8 else 1)
+    return (tp if sequence_parallel else 1) * (_FP8_UNIT[fp8] if fp8 else 1)
 
 
 def micro_batch_room(config: Config, number: int) -> int:
@@ -95,7 +95,7 @@ def lengths(config: Config) -> Iterator[str]:
             )
     for i, stage in enumerate(config.stages):
         engine = config.engines.get(stage.engine) if isinstance(stage, DGRPO) else None
-        if engine is None or not isinstance(stage, DGRPO):
+        if engine is None or not isinstance(stage, DGRPO) or stage.on_overlong == "drop":
             continue
         room = micro_batch_room(config, i)
         if 2 <= room < engine.max_model_len:
@@ -103,7 +103,7 @@ def lengths(config: Config) -> Iterator[str]:
             yield (
                 f"stages.{i}.micro_batch_tokens: {stage.micro_batch_tokens} {_rounded(config, i)}cannot hold the "
                 f"longest sequence that the engine may return; set stages.{i}.micro_batch_tokens={needed} or more, or "
-                f"engines.{stage.engine}.max_model_len={room} or less"
+                f"engines.{stage.engine}.max_model_len={room} or less, or stages.{i}.on_overlong=drop"
             )
 
 

@@ -56,6 +56,8 @@ def _check_stage(config: Config, number: int, tokenizer: Tokenizer) -> None:
     stage = config.stages[number]
     match stage:
         case SFT():
+            if stage.on_overlong == "drop":
+                return
             limit, setting, response = micro_batch_room(config, number), f"stages.{number}.micro_batch_tokens", None
         case DGRPO():
             limit, setting = config.engines[stage.engine].max_model_len, f"engines.{stage.engine}.max_model_len"

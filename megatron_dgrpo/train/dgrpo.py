@@ -14,8 +14,8 @@ from megatron_dgrpo.config.schema import DGRPO
 from megatron_dgrpo.data.dataset import PromptSource
 from megatron_dgrpo.observe.silence import SilentSteps
 from megatron_dgrpo.observe.timers import Phases
-from megatron_dgrpo.packing.pack import from_trajectories
-from megatron_dgrpo.packing.trajectory import Trajectory
+from megatron_dgrpo.packing.trajectory import Trajectory, by_prompts
+from megatron_dgrpo.packing.trees import trees
 from megatron_dgrpo.train.collect import collect, totals
 from megatron_dgrpo.train.evaluation import evaluate
 from megatron_dgrpo.train.preflight import check_update
@@ -47,7 +47,8 @@ def run_dgrpo(run: Run, stage: DGRPO, number: int) -> None:
         )
         facts = _facts(trajectories, totals(trajectories, stage.rewards))
         with phases("pack"):
-            shares = by_prompts(trajectories, stage)
+            trajectories = run.fitting(trajectories, stage, facts)
+            shares = by_prompts(trajectories, stage.updates_per_batch)
             work = [_work(run, stage, members, facts, factors.at(step - 1), step) for members in shares]
         with phases("teach"):
             work = [_teach(run, stage, item, members) for item, members in zip(work, shares, strict=True)]
@@ -70,12 +71,6 @@ def run_dgrpo(run: Run, stage: DGRPO, number: int) -> None:
         evaluate(run, number, step)
 
 
-def by_prompts(trajectories: Sequence[Trajectory], stage: DGRPO) -> list[list[Trajectory]]:
-    """The trajectories of each update: whole groups, in equal numbers."""
-    size = len(trajectories) // stage.updates_per_batch
-    return [list(trajectories[start : start + size]) for start in range(0, len(trajectories), size)]
-
-
 def _work(
     run: Run,
     stage: DGRPO,
@@ -88,7 +83,7 @@ def _work(
     batch = dgrpo_streams(trajectories, totals(trajectories, stage.rewards), stage.objective)
     for name, value in batch.facts.items():
         facts[name] = facts.get(name, 0.0) + value
-    layouts = run.micro_batches(from_trajectories(trajectories), stage.micro_batch_tokens)
+    layouts = run.micro_batches(trees(trajectories), stage.micro_batch_tokens)
     loss, _ = dgrpo_loss(stage.objective)
     return Work(
         layouts,
@@ -106,7 +101,7 @@ def _teach(run: Run, stage: DGRPO, work: Work, trajectories: Sequence[Trajectory
     if not stage.objective.uses_teacher:
         return work
     teacher = run.load_teacher()
-    rows = teacher.rows(from_trajectories(trajectories), max_tokens=stage.micro_batch_tokens)
+    rows = teacher.rows(trees(trajectories), run.packing(stage.micro_batch_tokens))
     return replace(work, teacher_head=teacher.head, teacher_rows=rows)
 
 
@@ -114,7 +109,7 @@ def _preflight(
     run: Run, stage: DGRPO, work: Work, factors: dict[str, float], trajectories: Sequence[Trajectory]
 ) -> dict[str, float]:
     """The teacher has the student's weights where both come from one folder and nothing was trained yet."""
-    again = run.load_teacher().rows(from_trajectories(trajectories), max_tokens=stage.micro_batch_tokens)
+    again = run.load_teacher().rows(trees(trajectories), run.packing(stage.micro_batch_tokens))
     teacher = run.config.models[run.config.teachers[0].model]
     same = run.version == 0 and Path(teacher.path).resolve() == Path(run.model.path).resolve()
     return check_update(run.trained, work, again, factors, same_weights=same)

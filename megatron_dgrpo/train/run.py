@@ -17,17 +17,21 @@ import torch.distributed as dist
 
 from megatron_dgrpo.checkpoint.hf.exporter import export_folder, export_shards, manifest
 from megatron_dgrpo.checkpoint.hf.families import read_spec
-from megatron_dgrpo.config.schema import Config, Model
+from megatron_dgrpo.config.schema import Config, Model, Stage
 from megatron_dgrpo.data.dataset import PromptRow, read_rows
 from megatron_dgrpo.data.tokenizer import Tokenizer
-from megatron_dgrpo.errors import RolloutError
+from megatron_dgrpo.errors import RolloutError, listing
+from megatron_dgrpo.model.flops import training_cost
 from megatron_dgrpo.model.layouts import padding_unit
 from megatron_dgrpo.model.megatron_config import BuildOptions
+from megatron_dgrpo.model.spec import ModelSpec
 from megatron_dgrpo.observe.records import Records
 from megatron_dgrpo.observe.timers import Phases
 from megatron_dgrpo.packing.layout import Layout
-from megatron_dgrpo.packing.pack import PackedSequence, micro_batches
+from megatron_dgrpo.packing.limits import Limits, keep_fitting
+from megatron_dgrpo.packing.pack import Packing
 from megatron_dgrpo.packing.trajectory import Trajectory
+from megatron_dgrpo.packing.trees import Tree
 from megatron_dgrpo.parallel.groups import Groups
 from megatron_dgrpo.rollout.client import EngineClient
 from megatron_dgrpo.rollout.codec import decode, encode
@@ -89,17 +93,42 @@ class Run:
         assert self.student is not None
         return self.student
 
-    def micro_batches(self, sequences: Sequence[PackedSequence], max_tokens: int) -> list[Layout]:
-        """This rank's micro-batches of a batch that all ranks know."""
+    @cached_property
+    def spec(self) -> ModelSpec:
+        """The student's."""
+        return read_spec(self.model.path, self.model.rope)
+
+    def packing(self, max_tokens: int) -> Packing:
+        """How the student's ranks share out a batch; every rank of the world knows it."""
         grid, model = self.groups.grid, self.model
-        return micro_batches(
-            sequences,
-            rank=grid.coordinate("dp"),
-            size=grid.dp,
-            max_tokens=max_tokens,
+        return Packing(
+            max_tokens,
+            dp=grid.dp,
+            cp=grid.cp,
             multiple_of=padding_unit(tp=grid.tp, sequence_parallel=model.layout.sequence_parallel, fp8=model.fp8),
             rounds_of=grid.pp if model.layout.vpp > 1 else 1,
+            cost=training_cost(self.spec),
         )
+
+    def micro_batches(self, trees: Sequence[Tree], max_tokens: int) -> list[Layout]:
+        """This rank's micro-batches of a batch that all ranks know."""
+        place = self.groups.grid.coordinate
+        return self.packing(max_tokens).micro_batches(trees, rank=place("dp"), cp_rank=place("cp"))
+
+    def fitting(self, trajectories: Sequence[Trajectory], stage: Stage, facts: dict[str, float]) -> list[Trajectory]:
+        """Without those that are too long, where the stage drops them; `facts` says how many there were."""
+        limits = Limits(
+            room=self.packing(stage.micro_batch_tokens).room,
+            room_setting=f"micro_batch_tokens={stage.micro_batch_tokens}",
+            max_positions=self.spec.max_positions,
+            vocab_size=self.spec.vocab_size,
+        )
+        found = keep_fitting(trajectories, limits, stage.on_overlong)
+        if stage.on_overlong == "drop":
+            facts["dropped"] = float(len(found.dropped))
+        if found.dropped:
+            self.note(listing(f"{len(found.dropped)} sequences are too long and were dropped:", found.dropped))
+        return found.trajectories
 
     def load_teacher(self) -> FrozenTeacher:
         """The teacher, loaded when the first stage asks for it, on every rank of the world."""

@@ -73,6 +73,7 @@ def _build(config: Config, store: dist.Store, engines: Mapping[str, str], key: s
 def _groups(layout: Layout, config: Config, first_rank: int = 0) -> Groups:
     return Groups(
         tp=layout.tp,
+        cp=layout.cp,
         dp=layout.dp,
         pp=layout.pp,
         ep=layout.ep,

@@ -94,7 +94,7 @@ def test_layouts() -> None:
         "models.large.layout.vpp: 2 parts of a pipeline stage, and there is no pipeline; set models.large.layout.pp=2"
     )
     assert only(("models.large.layout", {"tp": 2, "ep": 4})).startswith(
-        "models.large.layout.ep: etp x ep = 4 does not divide tp x dp = 2, the ranks of a stage"
+        "models.large.layout.ep: etp x ep = 4 does not divide tp x cp x dp = 2, the ranks of a stage"
     )
     assert only(("models.small.fp8", "blockwise")).endswith("set models.small.dtype=bfloat16")
     assert only(("models.large.fp8", "blockwise"), ("models.large.layers", "local")).endswith(
@@ -177,7 +177,7 @@ def test_room_is_what_padding_leaves() -> None:
         "stages.1.micro_batch_tokens: 511 (padded micro-batches are multiples of 2, so that 510 are of use) "
         "cannot hold "
         "the longest sequence that the engine may return; set stages.1.micro_batch_tokens=512 or more, or "
-        "engines.main.max_model_len=510 or less"
+        "engines.main.max_model_len=510 or less, or stages.1.on_overlong=drop"
     )
     fp8 = [("models.small.fp8", "blockwise"), ("models.small.dtype", "bfloat16"), ("engines.main.max_model_len", 600)]
     assert "stages.1.micro_batch_tokens=768 or more" in only(*fp8, ("stages.1.micro_batch_tokens", 700))
