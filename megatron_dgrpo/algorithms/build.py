@@ -26,6 +26,13 @@ from megatron_dgrpo.config.objective import JSD, Objective, TopK
 from megatron_dgrpo.errors import ObjectiveError, listing
 from megatron_dgrpo.packing.trajectory import Segment, Trajectory
 
+_LISTED = 8
+"""Samples that an error names; it counts the others."""
+_NOT_FINITE = (
+    "\nThe engine's logits are not finite: check the weights in the student's folder, or lower the learning rate if"
+    " training has begun"
+)
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -161,7 +168,7 @@ def _logprobs(trajectories: Sequence[Trajectory], field: str) -> torch.Tensor | 
     parts = [getattr(s, field) for _, s in trained]
     if all(part is None for part in parts):
         return None
-    problems = []
+    problems, nonfinite = [], False
     for (t, s), part in zip(trained, parts, strict=True):
         where = f"prompt {t.prompt_id!r}, sample {t.sample}"
         if part is None:
@@ -169,12 +176,13 @@ def _logprobs(trajectories: Sequence[Trajectory], field: str) -> torch.Tensor | 
         elif len(part) != len(s.tokens):
             problems.append(f"{where}: {len(part)} for {len(s.tokens)} tokens")
         elif not np.isfinite(part).all():
+            nonfinite = True
             problems.append(f"{where}: not finite at {np.flatnonzero(~np.isfinite(part)).tolist()[:8]}")
     if problems:
-        what = field.replace("_", " ")
-        raise ObjectiveError(
-            listing(f"every sampled token of a batch needs a finite one of its {what}, or none has one:", problems)
-        )
+        title = f"every sampled token of a batch needs a finite one of its {field.replace('_', ' ')}, or none has one:"
+        more = [f"and {len(problems) - _LISTED} more"] if len(problems) > _LISTED else []
+        remedy = _NOT_FINITE if nonfinite and field == "behaviour_logprobs" else ""
+        raise ObjectiveError(listing(title, problems[:_LISTED] + more) + remedy)
     return torch.from_numpy(_concatenate([np.asarray(part, dtype=np.float64) for part in parts], np.float64))
 
 

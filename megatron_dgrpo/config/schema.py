@@ -230,7 +230,7 @@ class DGRPO(Stage):
     objective: Objective = Objective()
     preflight: bool = True
     """Before the first update, check on its batch that the teacher's signal arrives and is the right one; the cost is
-    about a forward. A failed check ends the run."""
+    about a forward of the teacher. A failed check ends the run."""
     diagnostics_every: NonNegativeInt = 10
     """Compare the norms and directions of the terms' gradients at the first step and every so many (0: never)."""
 
@@ -239,7 +239,8 @@ class Config(Frozen):
     """A run."""
 
     run_dir: str
-    """Folder for everything that the run leaves behind; it must not exist or be empty."""
+    """Folder for everything that the run leaves behind; it must not exist or be empty, but for what a run leaves that
+    failed before its first step (config.yaml and logs)."""
     seed: NonNegativeInt = 0
     threads_per_rank: PositiveInt = 1
     """CPU threads of each trainer rank."""

@@ -33,8 +33,8 @@ def choose_layers(layers: Layers, fp8: str | None) -> Literal["te", "local"]:
         layers = "te" if found and torch.cuda.is_available() else "local"
     if layers == "te" and not found:
         raise LayoutError(
-            "layers=te needs Transformer Engine, which is not installed: install the extra `megatron-dgrpo[gpu]`, or set "
-            "layers=local"
+            "layers=te needs Transformer Engine, which is not installed: install the extra `megatron-dgrpo[gpu]`, or "
+            "set layers=local"
         )
     if fp8 is not None and layers == "local":
         raise LayoutError(f"fp8={fp8} needs Transformer Engine's layers: set layers=te, or fp8=null")

@@ -17,7 +17,12 @@ Finish = Callable[[torch.Tensor, Layout], tuple[torch.Tensor, Any]]
 
 
 def run_schedule(
-    decoder: Decoder, models: Sequence[torch.nn.Module], layouts: Sequence[Layout], finish: Finish, *, forward_only: bool
+    decoder: Decoder,
+    models: Sequence[torch.nn.Module],
+    layouts: Sequence[Layout],
+    finish: Finish,
+    *,
+    forward_only: bool,
 ) -> list[Any]:
     """All micro-batches; what `finish` reported of each, on the last stage (elsewhere nothing).
 

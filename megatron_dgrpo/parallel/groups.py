@@ -1,15 +1,17 @@
 """Process groups of one model, as explicit objects. Megatron's global `parallel_state` is never initialised.
 
-A model's layout is a grid of axes tp (fastest), cp, dp, pp (slowest). The experts of a model have a grid of their own on
-the same ranks: etp (fastest), ep, edp, pp, where etp x ep x edp = tp x cp x dp. Megatron asks for some twenty groups; on
-these grids many of them have the same ranks, and one communicator serves all that do.
+A model's layout is a grid of axes tp (fastest), cp, dp, pp (slowest). The experts of a model have a grid of their own
+on the same ranks: etp (fastest), ep, edp, pp, where etp x ep x edp = tp x cp x dp. Megatron asks for some twenty
+groups; on these grids many of them have the same ranks, and one communicator serves all that do.
 
-Every rank of the world makes the groups of every model, also of one that it has no part in: creating a communicator is
-an act of all. A rank without a part has no groups (`member` is False).
+Every rank of the world makes the groups of every model, also of one that it has no part in: creating a communicator
+is an act of all. A rank without a part has no groups (`member` is False).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 
@@ -81,7 +83,7 @@ class Grid:
         raise AssertionError(axis)
 
     def enumerate(self, axes: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
-        """All groups of ranks that differ only in `axes` (all of one of the two grids), each in the order of the grid."""
+        """All groups of ranks that differ only in `axes` (all of one of the two grids), in the grid's order."""
         expert = any(axis in EXPERT_AXES[:3] for axis in axes)
         groups: dict[tuple[int, ...], list[int]] = {}
         for rank in self.ranks:
@@ -177,6 +179,20 @@ class Groups:
             parallel_state._set_global_memory_buffer()
         place = self.grid.coordinate
         model_parallel_cuda_manual_seed(seed, tp_rank=place("tp"), ep_rank=place("ep"), etp_rank=place("etp"))
+
+    @contextmanager
+    def as_default(self) -> Iterator[None]:
+        """This model's ranks in the place of the world, for calls into Megatron that gather over the default group.
+
+        Ranks of another model have nothing to say there, and would be waited for.
+        """
+        c10d = dist.distributed_c10d
+        outer = c10d._get_default_group()
+        c10d._update_default_pg(self.world)
+        try:
+            yield
+        finally:
+            c10d._update_default_pg(outer)
 
     @property
     def tp(self) -> dist.ProcessGroup:

@@ -59,7 +59,8 @@ class FrozenTeacher:
         """
         packing = self._packing(student_packing.max_tokens)
         made = self._forward(trees, packing) if self.decoder is not None else None
-        spread = self.rows_in == "host"
+        spread, everyone = self.rows_in == "host", dist.group.WORLD
+        assert everyone is not None
         rows = redistribute(
             made,
             trees,
@@ -70,7 +71,7 @@ class FrozenTeacher:
             hidden_size=self.spec.hidden_size,
             dtype=self.options.dtype,
             spread=spread,
-            group=dist.group.WORLD,
+            group=everyone,
         )
         return rows.in_host_memory(self.student_groups.tp) if rows is not None and spread else rows
 

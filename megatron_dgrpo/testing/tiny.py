@@ -38,9 +38,9 @@ def save_tiny(
     """A model with random weights: config.json, generation_config.json and safetensors.
 
     `family` is the first part of transformers' class names (Qwen3, Qwen3Moe, Qwen2, Llama, Mistral); `settings` go into
-    its config as they are, and `rope` into its rope_parameters. Trained models begin with norms of 1 and biases of 0, as
-    here; with `random_norms` they scatter around it, so that a test of norms can fail. `special_ids` are those of BOS,
-    EOS and padding. With `max_shard_bytes` the weights are cut into files.
+    its config as they are, and `rope` into its rope_parameters. Trained models begin with norms of 1 and biases of 0,
+    as here; with `random_norms` they scatter around it, so that a test of norms can fail. `special_ids` are those of
+    BOS, EOS and padding. With `max_shard_bytes` the weights are cut into files.
     """
     import torch
     import transformers

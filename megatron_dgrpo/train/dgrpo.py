@@ -12,6 +12,7 @@ from megatron_dgrpo.algorithms.build import dgrpo_loss, dgrpo_streams, head_opti
 from megatron_dgrpo.algorithms.factors import Factors
 from megatron_dgrpo.config.schema import DGRPO
 from megatron_dgrpo.data.dataset import PromptSource
+from megatron_dgrpo.observe.silence import SilentSteps
 from megatron_dgrpo.observe.timers import Phases
 from megatron_dgrpo.packing.trajectory import Trajectory, by_prompts
 from megatron_dgrpo.packing.trees import trees
@@ -26,6 +27,7 @@ def run_dgrpo(run: Run, stage: DGRPO, number: int) -> None:
     student = run.trained
     prompts = PromptSource(stage.data, seed=run.config.seed + number)
     factors = Factors(stage.objective, dgrpo_loss(stage.objective)[0])
+    silent = SilentSteps()
     student.start_optimizer(stage.optimizer)
     evaluate(run, number, 0)
     for step in range(1, stage.steps + 1):
@@ -63,6 +65,8 @@ def run_dgrpo(run: Run, stage: DGRPO, number: int) -> None:
                 run.version += 1
                 last = update == len(work)
                 run.report(number, step, facts | metrics, update=update, phases=phases if last else None)
+        if words := silent.observe(facts, factors.at(step - 1)):
+            run.note(words)
         factors.observe({name: float(np.mean([m[name] for m in seen if name in m])) for name in seen[-1]})
         evaluate(run, number, step)
 

@@ -6,7 +6,7 @@ what it publishes in a store, with a deadline. Collectives only ever see tensors
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property
@@ -43,6 +43,20 @@ from megatron_dgrpo.train.student import Student, load_student
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
+class Engines:
+    """Rank 0's connections to the engine hosts, each made when it is first needed: hosts start while models load."""
+
+    def __init__(self, config: Config, addresses: Mapping[str, str], key: str) -> None:
+        self._config, self._addresses, self._key = config, addresses, key
+        self._clients: dict[str, EngineClient] = {}
+
+    def client(self, name: str) -> EngineClient:
+        if name not in self._clients:
+            deadline_s = self._config.engines[name].start_timeout_s
+            self._clients[name] = EngineClient.connect(self._addresses[name], self._key, deadline_s=deadline_s)
+        return self._clients[name]
+
+
 @dataclass
 class Run:
     config: Config
@@ -50,7 +64,7 @@ class Run:
     student: Student | None  # on ranks that are not the teacher's alone
     tokenizer: Tokenizer
     store: dist.Store
-    clients: dict[str, EngineClient]  # on rank 0; elsewhere empty
+    engines: Engines | None  # on rank 0
     records: Records | None  # on rank 0
     shm_prefix: str
     teacher_groups: Groups | None = None
@@ -147,10 +161,10 @@ class Run:
             store=dist.PrefixStore(f"weights/{engine}", self.store),
             rank=self.rank,
             num_ranks=self.groups.grid.size,
-            clients=(self.clients[engine],) if self.rank == 0 else (),
+            clients=(self.engines.client(engine),) if self.engines else (),
             bucket_bytes=settings.bucket_bytes,
             shm_prefix=self.shm_prefix,
-            deadline_s=settings.request_timeout_s,
+            deadline_s=settings.start_timeout_s + settings.request_timeout_s,
         )
         self.versions[engine] = self.version
 

@@ -54,9 +54,11 @@ class Student:
             params_dtype=dtype,
             use_distributed_optimizer=True,
         )
-        self._optimizer = get_megatron_optimizer(
-            config, self.wrapped, use_gloo_process_groups=False, pg_collection=self.decoder.groups.collection
-        )
+        groups = self.decoder.groups
+        with groups.as_default():  # it gathers the names of parameter groups
+            self._optimizer = get_megatron_optimizer(
+                config, self.wrapped, use_gloo_process_groups=False, pg_collection=groups.collection
+            )
         self._settings, self._updates = settings, 0
 
     @property
@@ -81,7 +83,8 @@ class Student:
         norm = float(self.optimizer.get_grad_norm())
         if not math.isfinite(norm):
             raise NonFiniteError(
-                f"the gradient's norm is {norm} at update {self._updates + 1} of this stage; no weight was changed. "
+                f"the gradient's norm is {norm} at update {self._updates + 1} of this stage (learning rate "
+                f"{self._settings.lr * warm:g}); no weight was changed. "
                 "Lower the learning rate, or look for the sample in the rollouts of this step"
             )
         self.optimizer.step()

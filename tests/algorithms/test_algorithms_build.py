@@ -69,6 +69,15 @@ def test_bad_logprobs_are_all_listed():
     assert "prompt 'a', sample 1: 1 for 4 tokens" in str(raised.value)
 
 
+def test_an_engine_without_finite_logits_is_named_in_short():
+    bad = [trajectory("a", i, [1], segment([5], True, [np.nan])) for i in range(55)]
+    with pytest.raises(ObjectiveError) as raised:
+        dgrpo_streams(bad, [0] * 55, OBJECTIVE)
+    lines = str(raised.value).splitlines()
+    assert len(lines) == 11 and lines[8].startswith("  - prompt 'a', sample 7: not finite")
+    assert lines[9] == "  - and 47 more" and lines[10].startswith("The engine's logits are not finite: check")
+
+
 def test_rewards_and_samples_are_named_in_errors():
     with pytest.raises(ObjectiveError, match="prompt 'b', sample 0: nan"):
         dgrpo_streams(batch(), [0.0, float("nan"), 0.0], OBJECTIVE)

@@ -108,7 +108,9 @@ def test_ranks_of_a_run() -> None:
 
     assert num_ranks() == 2
     assert num_ranks(("models.large.layout", {"tp": 2, "pp": 2})) == 4
-    assert num_ranks(("models.large.layout", {"tp": 2, "pp": 2}), ("teachers", [{"model": "large", "ranks": "own"}])) == 6
+    assert (
+        num_ranks(("models.large.layout", {"tp": 2, "pp": 2}), ("teachers", [{"model": "large", "ranks": "own"}])) == 6
+    )
 
 
 def test_teachers_and_beta() -> None:
@@ -165,6 +167,32 @@ def test_lengths_must_fit() -> None:
     assert "stages.1.micro_batch_tokens=512 or more" in only(("stages.1.micro_batch_tokens", 511))
     assert problems(spoilt(("stages.1.micro_batch_tokens", 512), ("stages.0.micro_batch_tokens", 2))) == []
     assert only(("stages.0.micro_batch_tokens", 1)).startswith("stages.0.micro_batch_tokens: ")
+
+
+def test_room_is_what_padding_leaves() -> None:
+    """The student's unit is 2 (its layout cuts the sequence in 2), and FP8 blocks of 128 make it 256."""
+    assert problems(spoilt(("engines.main.max_model_len", 510), ("stages.1.micro_batch_tokens", 511))) == []
+    problem = only(("engines.main.max_model_len", 511), ("stages.1.micro_batch_tokens", 511))
+    assert problem == (
+        "stages.1.micro_batch_tokens: 511 (padded micro-batches are multiples of 2, so that 510 are of use) "
+        "cannot hold "
+        "the longest sequence that the engine may return; set stages.1.micro_batch_tokens=512 or more, or "
+        "engines.main.max_model_len=510 or less, or stages.1.on_overlong=drop"
+    )
+    fp8 = [("models.small.fp8", "blockwise"), ("models.small.dtype", "bfloat16"), ("engines.main.max_model_len", 600)]
+    assert "stages.1.micro_batch_tokens=768 or more" in only(*fp8, ("stages.1.micro_batch_tokens", 700))
+    assert "200 (padded" in only(*fp8, ("stages.0.micro_batch_tokens", 200))  # no sequence fits at all
+    teacher = [("models.large.fp8", "mxfp8"), ("engines.main.max_model_len", 600), ("stages.1.micro_batch_tokens", 600)]
+    assert "stages.1.micro_batch_tokens=608 or more" in only(*teacher)  # it packs the same sequences
+    assert problems(spoilt(*teacher, ("stages.1.objective", {"beta": 0}), ("teachers", []))) == []
+
+
+def test_rewards_are_listed_once() -> None:
+    twice = [{"kind": "exact_match"}, {"kind": "exact_match", "weight": 0.5}]
+    assert only(("stages.1.rewards", twice)) == (
+        "stages.1.rewards: 'exact_match' is listed 2 times; list it once, with the sum of the weights"
+    )
+    assert only(("evaluation.rewards", twice)).startswith("evaluation.rewards: 'exact_match' is listed 2 times")
 
 
 def test_engines_do_not_compute_in_float64() -> None:
@@ -291,7 +319,10 @@ def test_data_that_is_no_file(folder: Path) -> None:
 
 
 def test_run_dir(folder: Path) -> None:
-    (folder / "runs" / "first").mkdir(parents=True)
+    (folder / "runs" / "first" / "logs").mkdir(parents=True)
+    (folder / "runs" / "first" / "logs" / "rank0.log").write_text("it failed")
+    (folder / "runs" / "first" / "config.yaml").write_text("")
+    assert file_problems(spoilt()) == []  # a run that failed before its first step may be tried again
     (folder / "runs" / "first" / "metrics.jsonl").write_text("{}")
     (problem,) = file_problems(spoilt())
     assert problem.startswith("run_dir: runs/first is not empty; name a new folder")

@@ -7,9 +7,9 @@ way a tensor-parallel shard of the parameter consists of runs of consecutive row
 runs, `Span`s, are all that import, export and weight transfer need to know. They hold for any tensor-parallel size,
 also one that cuts a key-value head's rows in two.
 
-Parameters carry Megatron's names with global numbers of layers and experts. Where a parameter is (pipeline stage, expert
-rank) is thus said by its name alone, and a rank that lacks it has no part of the rule; spans only cut along the tensor-
-parallel axis, which for experts is an axis of its own.
+Parameters carry Megatron's names with global numbers of layers and experts. Where a parameter is (pipeline stage,
+expert rank) is thus said by its name alone, and a rank that lacks it has no part of the rule; spans only cut along the
+tensor-parallel axis, which for experts is an axis of its own.
 """
 
 from __future__ import annotations
