@@ -24,7 +24,7 @@ BELOW: dict[str, set[str]] = {
     "data": {"config", "packing"},
     "rewards": {"config", "data"},
     "model": {"config", "heads", "packing", "parallel"},
-    "checkpoint": {"config", "model", "parallel"},
+    "checkpoint": {"config", "data", "model", "packing", "parallel"},
     "teacher": {"config", "checkpoint", "heads", "model", "packing", "parallel"},
     "rollout": {"config", "checkpoint", "packing", "parallel"},
 }

@@ -99,6 +99,13 @@ class Decoder(torch.nn.Module):
             for number in range(config.virtual_pipeline_model_parallel_size or 1)
         )
 
+    def forward(self, layout: Layout) -> torch.Tensor:
+        """Final hidden states, where one rank (or one tensor-parallel group) has all layers."""
+        (part,) = self.parts
+        assert self.groups.grid.pp == 1
+        hidden: torch.Tensor = part(layout)
+        return hidden
+
     def sharded_state_dict(self, **kwargs: Any) -> dict[str, Any]:
         """Megatron's, under the names that `load_state_dict` takes; in the checkpoint no name tells of parts."""
         return {

@@ -1,33 +1,70 @@
-"""Hugging Face safetensors into each rank's shard. No rank ever holds more than its shard and one tensor's part."""
+"""Hugging Face safetensors into each rank's shard. No rank ever holds more than its shard and a small buffer."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
+from megatron_dgrpo.checkpoint.agree import agreed
 from megatron_dgrpo.checkpoint.hf.headers import check_tensors, read_headers
-from megatron_dgrpo.checkpoint.hf.mapping import EMBEDDING, HEAD, Rule, rules
+from megatron_dgrpo.checkpoint.hf.mapping import Rule, rules
 from megatron_dgrpo.checkpoint.hf.safetensors_folder import SafetensorsFolder
 from megatron_dgrpo.model.decoder import Decoder, local_parameters
 from megatron_dgrpo.model.spec import ModelSpec
 
 
+class Part(NamedTuple):
+    """What this rank holds of a Hugging Face tensor: `tensor` is a view of a parameter, the part `box` of it."""
+
+    rule: Rule
+    box: tuple[tuple[int, int], ...]
+    tensor: torch.Tensor
+
+
+def local_parts(decoder: Decoder) -> Iterator[Part]:
+    """All that this rank holds, replicated or not, in the order of the table."""
+    grid, parameters = decoder.groups.grid, local_parameters(decoder)
+    for rule in rules(decoder.spec):
+        if rule.parameter in parameters:
+            for span in rule.held(grid):
+                view = parameters[rule.parameter].detach().narrow(rule.axis or 0, span.local, span.length)
+                yield Part(rule, box_of(rule, span.hf, span.length), view)
+
+
+def zero_padding(decoder: Decoder) -> None:
+    """Zero what belongs to no Hugging Face tensor: rows that pad the vocabulary."""
+    grid, parameters = decoder.groups.grid, local_parameters(decoder)
+    held: dict[str, list[tuple[int, int]]] = {}
+    axes: dict[str, int] = {}
+    for rule in rules(decoder.spec):
+        axes[rule.parameter] = rule.axis or 0
+        for span in rule.held(grid):
+            held.setdefault(rule.parameter, []).append((span.local, span.local + span.length))
+    for name, parameter in parameters.items():
+        assert name in axes, f"no rule of the table fills {name}"
+        length, end = parameter.shape[axes[name]], 0
+        for start, stop in [*sorted(held.get(name, [])), (length, length)]:
+            parameter.detach().narrow(axes[name], end, start - end).zero_()
+            end = stop
+
+
 @torch.no_grad()
-def import_weights(decoder: Decoder, folder: str | Path) -> None:
-    """Fill a decoder from a Hugging Face folder, in the decoder's own type."""
-    table, parameters = rules(decoder.spec), local_parameters(decoder)
-    with SafetensorsFolder(check_tensors(folder, table, decoder.spec)) as files:
-        for name in (EMBEDDING, HEAD):
-            if name in parameters:
-                parameters[name].zero_()  # rows that pad the vocabulary belong to no tensor of the folder
-        for rule in table:
-            if rule.parameter not in parameters:
-                continue
-            for span in rule.held(decoder.groups.grid):
-                part = files.read(rule.hf_name, box_of(rule, span.hf, span.length))
-                target = parameters[rule.parameter].narrow(rule.axis or 0, span.local, span.length)
-                target.copy_(part)
+def import_weights(decoder: Decoder, folder: str | Path, *, advance: Callable[[int], None] | None = None) -> None:
+    """Fill a decoder from a Hugging Face folder, in the decoder's own type. Every rank of the model calls it.
+
+    `advance` is told of the bytes of each part that has been filled.
+    """
+    with agreed(decoder.groups.world):
+        headers = check_tensors(folder, rules(decoder.spec), decoder.spec)
+        zero_padding(decoder)
+        with SafetensorsFolder(headers) as files:
+            for part in local_parts(decoder):
+                files.read_into(part.rule.hf_name, part.box, part.tensor)
+                if advance is not None:
+                    advance(part.tensor.numel() * part.tensor.element_size())
 
 
 def box_of(rule: Rule, start: int, length: int) -> tuple[tuple[int, int], ...]:

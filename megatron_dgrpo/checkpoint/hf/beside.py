@@ -1,0 +1,46 @@
+"""What stands beside the weights in a Hugging Face folder: config, generation config, tokenizer, chat templates."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_dgrpo.checkpoint.aside import write_synced
+from megatron_dgrpo.errors import ConversionError
+
+_NAMES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "LICENSE",
+)
+_TEMPLATES = "additional_chat_templates"
+
+
+def copy_beside(source: Path, target: Path, dtype: str) -> None:
+    """Write all of it into `target`, with the weights' type in the config. Code is never copied."""
+    try:
+        config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+        contents = {str(path.relative_to(source)): path.read_bytes() for path in _files(source)}
+    except (OSError, ValueError) as error:
+        raise ConversionError(f"the config and tokenizer of {source} can't be read ({error})") from error
+    config.pop("torch_dtype", None)  # the name that transformers 4 used
+    config["dtype"] = dtype
+    write_synced(target / "config.json", (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
+    for name, content in contents.items():
+        (target / name).parent.mkdir(exist_ok=True)
+        write_synced(target / name, content)
+
+
+def _files(source: Path) -> Iterator[Path]:
+    yield from (source / name for name in _NAMES if (source / name).is_file())
+    yield from sorted((source / _TEMPLATES).glob("*.jinja"))
