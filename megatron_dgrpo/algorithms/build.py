@@ -17,12 +17,21 @@ import torch
 
 from megatron_dgrpo.algorithms.advantages import group_advantages
 from megatron_dgrpo.algorithms.aggregation import Aggregation, token_weights
+from megatron_dgrpo.algorithms.estimators import teacher_divergence
+from megatron_dgrpo.algorithms.factors import Factors
 from megatron_dgrpo.algorithms.losses import Loss
 from megatron_dgrpo.algorithms.streams import Streams
-from megatron_dgrpo.algorithms.terms import ClippedSurrogate, nll, reverse_kl
-from megatron_dgrpo.config.schema import Objective
+from megatron_dgrpo.algorithms.terms import ClippedSurrogate, Term, entropy, nll
+from megatron_dgrpo.config.objective import JSD, Objective, TopK
 from megatron_dgrpo.errors import ObjectiveError, listing
 from megatron_dgrpo.packing.trajectory import Segment, Trajectory
+
+_LISTED = 8
+"""Samples that an error names; it counts the others."""
+_NOT_FINITE = (
+    "\nThe engine's logits are not finite: check the weights in the student's folder, or lower the learning rate if"
+    " training has begun"
+)
 
 
 @dataclass(frozen=True)
@@ -34,12 +43,35 @@ class Batch:
 
 
 def dgrpo_loss(objective: Objective) -> tuple[Loss, dict[str, float]]:
-    """The dGRPO loss and its factors. With beta 0 it is GRPO's and asks for no teacher."""
-    surrogate = ClippedSurrogate(clip_low=objective.clip_low, clip_high=objective.clip_high)
-    if objective.beta == 0:
-        return Loss((surrogate,)), {surrogate.name: 1.0}
-    kl = reverse_kl()
-    return Loss((surrogate, kl)), {surrogate.name: 1.0, kl.name: objective.beta}
+    """The dGRPO loss and its factors at a stage's first step (`Factors` has those of the others). With beta 0 it is
+    GRPO's and asks for no teacher."""
+    clips = {"clip_low": objective.clip_low, "clip_high": objective.clip_high, "dual_clip": objective.dual_clip}
+    terms: list[Term] = [ClippedSurrogate(log_ratio_clamp=objective.log_ratio_clamp, **clips)]  # type: ignore[arg-type]
+    if objective.uses_teacher:
+        estimator = objective.estimator
+        terms.append(
+            teacher_divergence(
+                objective.divergence.kind,
+                objective.estimator_name,  # type: ignore[arg-type] # checked by what is called
+                baseline=getattr(estimator, "baseline", False),
+                teacher_floor=getattr(estimator, "teacher_floor", None),
+                log_ratio_clamp=objective.log_ratio_clamp,
+            )
+        )
+    if objective.uses_entropy:
+        terms.append(entropy())
+    loss = Loss(tuple(terms))
+    return loss, Factors(objective, loss).at(0)
+
+
+def head_options(objective: Objective) -> dict[str, float | int]:
+    """What the heads must know to form the objective's statistics, beside their names."""
+    options: dict[str, float | int] = {}
+    if isinstance(objective.divergence, JSD):
+        options["jsd_alpha"] = objective.divergence.alpha
+    if isinstance(objective.estimator, TopK):
+        options["topk"] = objective.estimator.k
+    return options
 
 
 def sft_loss() -> tuple[Loss, dict[str, float]]:
@@ -53,10 +85,15 @@ def dgrpo_streams(
     _check_groups(trajectories)
     prompt_B, names = _prompts(trajectories)
     advantages = group_advantages(
-        rewards_B, prompt_B, std=objective.advantages.std, epsilon=objective.advantages.epsilon, names=names
+        rewards_B,
+        prompt_B,
+        kind=objective.advantages.kind,
+        std=objective.advantages.std,
+        epsilon=objective.advantages.epsilon,
+        names=names,
     )
     loss, _ = dgrpo_loss(objective)
-    bare = _streams(trajectories, "sequence_group_prompt_mean", [term.name for term in loss.terms])
+    bare = _streams(trajectories, objective.aggregation, [term.name for term in loss.terms])
     streams = Streams(
         targets_N=bare.targets_N,
         sample_N=bare.sample_N,
@@ -131,7 +168,7 @@ def _logprobs(trajectories: Sequence[Trajectory], field: str) -> torch.Tensor | 
     parts = [getattr(s, field) for _, s in trained]
     if all(part is None for part in parts):
         return None
-    problems = []
+    problems, nonfinite = [], False
     for (t, s), part in zip(trained, parts, strict=True):
         where = f"prompt {t.prompt_id!r}, sample {t.sample}"
         if part is None:
@@ -139,12 +176,13 @@ def _logprobs(trajectories: Sequence[Trajectory], field: str) -> torch.Tensor | 
         elif len(part) != len(s.tokens):
             problems.append(f"{where}: {len(part)} for {len(s.tokens)} tokens")
         elif not np.isfinite(part).all():
+            nonfinite = True
             problems.append(f"{where}: not finite at {np.flatnonzero(~np.isfinite(part)).tolist()[:8]}")
     if problems:
-        what = field.replace("_", " ")
-        raise ObjectiveError(
-            listing(f"every sampled token of a batch needs a finite one of its {what}, or none has one:", problems)
-        )
+        title = f"every sampled token of a batch needs a finite one of its {field.replace('_', ' ')}, or none has one:"
+        more = [f"and {len(problems) - _LISTED} more"] if len(problems) > _LISTED else []
+        remedy = _NOT_FINITE if nonfinite and field == "behaviour_logprobs" else ""
+        raise ObjectiveError(listing(title, problems[:_LISTED] + more) + remedy)
     return torch.from_numpy(_concatenate([np.asarray(part, dtype=np.float64) for part in parts], np.float64))
 
 

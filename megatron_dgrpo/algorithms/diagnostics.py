@@ -37,8 +37,8 @@ OBSERVED = (
     "outside_mass",
     "removed_mass",
     "top1_agreement",
-    "topk_mass",
-    "teacher_topk_mass",
+    "topk_student_mass",
+    "topk_teacher_mass",
     "topk_overlap",
 )
 """Statistics that are reported by position wherever the heads computed them."""

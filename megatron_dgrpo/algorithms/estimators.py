@@ -38,7 +38,6 @@ from typing import ClassVar, Literal
 
 import torch
 
-from megatron_dgrpo.algorithms.divergences import Divergence, Estimator, refusal
 from megatron_dgrpo.algorithms.metrics import Metric, sum_of
 from megatron_dgrpo.algorithms.streams import Streams
 from megatron_dgrpo.algorithms.terms import (
@@ -53,6 +52,7 @@ from megatron_dgrpo.algorithms.terms import (
     reverse_kl,
     statistic,
 )
+from megatron_dgrpo.config.divergences import Divergence, Estimator, refusal
 from megatron_dgrpo.errors import ObjectiveError
 
 Sampler = Literal["old", "behaviour"]
@@ -168,18 +168,20 @@ def teacher_divergence(
     sampler: Sampler = "old",
     baseline: bool = False,
     teacher_floor: float | None = None,
+    log_ratio_clamp: float = 20.0,
 ) -> Term:
     """The term of a divergence and its estimator; pairs with another gradient than their name says are refused."""
     if reason := refusal(divergence, estimator):
         raise ObjectiveError(reason)
     if baseline and estimator != "sampled":
         raise ObjectiveError(f"a baseline belongs to estimator 'sampled'; {estimator!r} has none: unset it")
+    held = {"sampler": sampler, "teacher_floor": teacher_floor, "log_ratio_clamp": log_ratio_clamp}
     if estimator == "sampled":
-        return SampledReverseKL(sampler=sampler, baseline=baseline, teacher_floor=teacher_floor)
+        return SampledReverseKL(baseline=baseline, **held)  # type: ignore[arg-type]
     if estimator == "k2":
-        return K2ReverseKL(sampler=sampler, teacher_floor=teacher_floor)
+        return K2ReverseKL(**held)  # type: ignore[arg-type]
     if estimator == "k3":
-        return K3ForwardKL(sampler=sampler, teacher_floor=teacher_floor)
+        return K3ForwardKL(**held)  # type: ignore[arg-type]
     if teacher_floor is not None:
         raise ObjectiveError(
             f"a floor of the teacher's log-probs acts on the sampled token, and {estimator!r} is over many: use"

@@ -168,8 +168,3 @@ def nonfinite_report(evaluation: Evaluation, statistics: Statistics, streams: St
                 f" {int(streams.position_N[row])}, token {int(streams.targets_N[row])}"
             )
     return found
-
-
-def silent_terms(numbers: Mapping[str, float]) -> list[str]:
-    """Terms that acted on nothing in the batch, by its reduced metrics: weights that sum to 0 make a loss of 0."""
-    return sorted(key.removesuffix("/weight") for key, sum_ in numbers.items() if key.endswith("/weight") and sum_ == 0)

@@ -33,7 +33,7 @@ class Streams:
     def num_tokens(self) -> int:
         return self.targets_N.numel()
 
-    def select(self, index_R: torch.Tensor) -> Streams:
+    def select(self, index_R: torch.Tensor | slice) -> Streams:
         """The streams of some rows, in their order; a micro-batch's layout names them."""
         return self._map(lambda x: x[index_R])
 

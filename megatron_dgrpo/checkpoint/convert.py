@@ -1,6 +1,6 @@
 """Between Hugging Face folders and Megatron checkpoints: what the conversion tools do.
 
-A conversion runs in the host's memory, in one process or on several ranks that share the model by tensor parallelism.
+A conversion runs in the host's memory, in one process or on several ranks that share the model.
 The layout decides how much each rank holds, not what is written: a checkpoint loads at any layout.
 """
 
@@ -53,35 +53,32 @@ def world(timeout_s: float = 3600.0) -> Iterator[int]:
         dist.destroy_process_group()
 
 
-def build(spec: ModelSpec, dtype: torch.dtype, *, tp: int | None = None, pp: int = 1, ep: int = 1) -> Decoder:
-    """A decoder shared by the whole world. Without `tp`, dense models by the largest that fits, others by experts."""
-    ranks, problems = dist.get_world_size(), []
-    if pp != 1:
-        problems.append(
-            f"pp={pp}: conversions share a model by tensor and expert parallelism only; leave it at 1, the checkpoint "
-            "loads at any layout"
-        )
+def layout(spec: ModelSpec, *, tp: int | None = None, pp: int = 1, ep: int | None = None) -> Groups:
+    """Groups over the whole world. Without `tp` and `ep`, the largest that fit the model and divide the world."""
+    ranks = dist.get_world_size()
     if tp is None and spec.num_experts:
-        tp, ep = 1, ep if ep > 1 else math.gcd(ranks, spec.num_experts)
-    elif tp is None:
-        tp = max(n for n in range(1, ranks + 1) if ranks % n == 0 and not layout_problems(spec, Layout(tp=n)))
-    if tp < 1 or ranks % tp:
-        problems.append(f"tp={tp} does not divide the {ranks} ranks: start a multiple of it")
-    elif ep < 1 or ranks % ep:
-        problems.append(f"ep={ep} does not divide the {ranks} ranks: start a multiple of it")
-    else:
-        sequence_parallel = spec.num_experts > 0 and tp > 1
-        axes = Layout(tp=tp, dp=ranks // tp, ep=ep, sequence_parallel=sequence_parallel)
-        problems += layout_problems(spec, axes)
+        tp = 1  # most of the model is experts, which are spread by ep
+    if tp is None:
+        fitting = (size for size in range(ranks, 0, -1) if ranks % (size * pp) == 0)
+        tp = next((size for size in fitting if not layout_problems(spec, Layout(tp=size))), 1)
+    if min(tp, pp) < 1 or ranks % (tp * pp):
+        raise LayoutError(f"tp={tp} x pp={pp} does not divide the {ranks} ranks: start a multiple of it")
+    if ep is None:
+        ep = math.gcd(spec.num_experts, ranks // pp) if spec.num_experts else 1
+    problems = layout_problems(spec, Layout(tp=tp, dp=ranks // (tp * pp), pp=pp, ep=ep, sequence_parallel=tp > 1))
     if problems:
         raise LayoutError(listing("the conversion can't be laid out so:", problems))
-    groups = Groups(tp=tp, dp=ranks // tp, ep=ep, timeout_s=3600.0)
-    groups.seed(0)  # experts make their weights under Megatron's random-state tracker
-    return build_decoder(spec, groups=groups, options=BuildOptions(dtype, sequence_parallel=axes.sequence_parallel))
+    return Groups(tp=tp, dp=ranks // (tp * pp), pp=pp, ep=ep, timeout_s=3600.0)
+
+
+def build(spec: ModelSpec, groups: Groups, dtype: torch.dtype) -> Decoder:
+    # experts of a model that tensor parallelism cuts, too, are only built with the tokens cut
+    options = BuildOptions(dtype=dtype, sequence_parallel=groups.grid.tp > 1 and spec.num_experts > 0)
+    return build_decoder(spec, groups=groups, options=options)
 
 
 def hf_to_megatron(
-    hf: Path, out: Path, *, tp: int | None = None, pp: int = 1, ep: int = 1, dtype: str | None = None
+    hf: Path, out: Path, *, tp: int | None = None, pp: int = 1, ep: int | None = None, dtype: str | None = None
 ) -> str:
     """Convert a Hugging Face folder; every rank of the world calls it. Returns what there is to say."""
     spec = read_spec(hf)
@@ -94,7 +91,7 @@ def hf_to_megatron(
     changed = {kind: count for kind, count in kinds.items() if kind != name}
     if changed:
         notes += [f"{count} tensors of {kind} are kept as {name}" for kind, count in changed.items()]
-    decoder = build(spec, getattr(torch, name), tp=tp, pp=pp, ep=ep)
+    decoder = build(spec, layout(spec, tp=tp, pp=pp, ep=ep), getattr(torch, name))
     with ByteProgress(f"reading {hf.name}", held_bytes(decoder), shown=dist.get_rank() == 0) as progress:
         import_weights(decoder, hf, advance=progress)
     save_megatron(decoder, hf, out)
@@ -107,7 +104,7 @@ def megatron_to_hf(megatron: Path, out: Path, *, dtype: str | None = None) -> st
     with agreed(dist.group.WORLD):
         refuse_taken(out)
     target = getattr(torch, dtype) if dtype else about.dtype
-    decoder = build(about.spec, about.dtype)
+    decoder = build(about.spec, layout(about.spec), about.dtype)
     load_megatron(decoder, megatron)
     total = sum(map(nbytes, manifest(about.spec, target)))
     with ByteProgress(f"writing {out.name}", total, shown=dist.get_rank() == 0) as progress:

@@ -44,7 +44,9 @@ from torch.distributed.checkpoint import save as save_with_torch
 from megatron_dgrpo.checkpoint.agree import agreed
 from megatron_dgrpo.checkpoint.aside import readable, sync_folder, write_synced, written_aside
 from megatron_dgrpo.checkpoint.hf.beside import copy_beside
+from megatron_dgrpo.checkpoint.hf.exporter import manifest
 from megatron_dgrpo.checkpoint.hf.families import read_spec
+from megatron_dgrpo.checkpoint.hf.output_files import nbytes
 from megatron_dgrpo.errors import ConversionError, listing
 from megatron_dgrpo.model.decoder import Decoder
 from megatron_dgrpo.model.spec import ModelSpec
@@ -72,11 +74,7 @@ def save_megatron(decoder: Decoder, source: str | Path, target: str | Path) -> N
     """
     source, target, group = Path(source), Path(target), decoder.groups.world
     first, parameter = dist.get_rank(group) == 0, next(decoder.parameters())
-    replica = dist.get_rank(decoder.groups.dp_cp)
-    mine = 0 if replica else sum(parameter.nbytes for parameter in decoder.parameters())
-    total = torch.tensor(mine, device=parameter.device)
-    dist.all_reduce(total, group=group)
-    needed = int(total.item())
+    needed = sum(map(nbytes, manifest(decoder.spec, parameter.dtype)))
     with written_aside(target, group=group, needed_bytes=needed) as aside:
         with agreed(group):
             if first:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+import math
 import os
 import sys
 import time
@@ -56,10 +57,11 @@ def convert_hf_to_megatron(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the checkpoint; must not exist")
     parser.add_argument("--tp", type=int, help="ranks that share the model by tensor parallelism (all that there are)")
     parser.add_argument("--pp", type=int, default=1, help="pipeline stages")
-    parser.add_argument("--ep", type=int, default=1, help="expert-parallel ranks")
+    parser.add_argument("--ep", type=int, help="ranks that share the experts (the most that fit)")
     parser.add_argument("--dtype", choices=_DTYPES, help="type of the checkpoint (that of most tensors in the folder)")
     given = parser.parse_args(arguments)
-    _prepare((given.tp or 1) * given.pp * given.ep)
+    tp, ep = given.tp or 1, given.ep or 1
+    _prepare(given.pp * tp * ep // math.gcd(tp, ep))
 
     def work() -> str:
         from megatron_dgrpo.checkpoint.convert import hf_to_megatron

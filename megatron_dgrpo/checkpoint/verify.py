@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_dgrpo.checkpoint.agree import agreed
-from megatron_dgrpo.checkpoint.convert import build, check_tokenizer, held_bytes
+from megatron_dgrpo.checkpoint.convert import build, check_tokenizer, held_bytes, layout
 from megatron_dgrpo.checkpoint.hf.families import read_spec
 from megatron_dgrpo.checkpoint.hf.headers import check_tensors
 from megatron_dgrpo.checkpoint.hf.importer import local_parts
@@ -30,7 +30,8 @@ from megatron_dgrpo.checkpoint.megatron import load_megatron, read_about
 from megatron_dgrpo.checkpoint.progress import ByteProgress
 from megatron_dgrpo.errors import ConversionError, listing
 from megatron_dgrpo.model.decoder import Decoder
-from megatron_dgrpo.packing.pack import pack, sequence
+from megatron_dgrpo.packing.pack import Packing
+from megatron_dgrpo.packing.trees import sequence
 
 NUM_TOKENS = 64
 TOLERANCE = 1e-4
@@ -46,7 +47,7 @@ def verify(hf: Path, megatron: Path) -> str:
     with agreed(dist.group.WORLD):
         notes = check_tokenizer(hf, spec)
         expected = reference_outputs(hf, tokens) if dist.get_rank() == 0 else {}
-    decoder = build(about.spec, torch.float32)
+    decoder = build(about.spec, layout(about.spec), torch.float32)
     load_megatron(decoder, megatron)
     problems = _differing_weights(decoder, hf, about.dtype)
     found = decoder_outputs(decoder, tokens)
@@ -108,12 +109,14 @@ def _keep(outputs: Outputs, name: str, choose: Callable[[torch.Tensor], torch.Te
 def decoder_outputs(decoder: Decoder, tokens: np.ndarray) -> Outputs:
     """The same of a decoder; the logits are gathered on every rank."""
     outputs: Outputs = {}
+    part: Any = decoder.parts[0]  # there is no pipeline
     hooks = [
         layer.register_forward_hook(_keep(outputs, f"layer {layer.layer_number - 1}", lambda hidden: hidden[:, 0]))
-        for layer in decoder.parts[0].decoder.layers
+        for layer in part.decoder.layers
     ]
-    (packed,) = pack([sequence("0", tokens, np.arange(len(tokens)) > 0, 0)], max_tokens=len(tokens), multiple_of=1)
-    hidden, head = decoder(packed)[:, 0], decoder.head()
+    whole = sequence("0", tokens, np.arange(len(tokens)) > 0, 0)
+    (packed,) = Packing(max_tokens=len(tokens)).micro_batches([whole])
+    hidden, head = part(packed)[:, 0], decoder.head()
     logits = hidden @ head.weight_VH[: head.num_valid].T
     for hook in hooks:
         hook.remove()

@@ -13,8 +13,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_dgrpo.config import stages
 from megatron_dgrpo.config.explain import nearest
-from megatron_dgrpo.config.schema import DGRPO, Config, Evaluation
+from megatron_dgrpo.config.objective import problems as objective_problems
+from megatron_dgrpo.config.schema import Config
+from megatron_dgrpo.config.stages import dgrpo_stages, samplers
 from megatron_dgrpo.errors import ConfigError, listing
 
 
@@ -31,7 +34,8 @@ def check_files(config: Config) -> None:
 def problems(config: Config) -> list[str]:
     """What is contradictory; touches nothing outside the config."""
     rules: tuple[Callable[[Config], Iterator[str]], ...] = (
-        _numbers, _model_names, _layouts, _teachers, _engines, _batches, _lengths,
+        _numbers, _model_names, _layouts, _teachers, _engines, _objectives, stages.rewards, stages.batches,
+        stages.lengths,
     )  # fmt: skip
     return [problem for rule in rules for problem in rule(config)]
 
@@ -45,17 +49,6 @@ def file_problems(config: Config) -> list[str]:
 def _raise(title: str, found: list[str]) -> None:
     if found:
         raise ConfigError(listing(title, found))
-
-
-def dgrpo_stages(config: Config) -> list[tuple[str, DGRPO]]:
-    """Dotted path and stage."""
-    return [(f"stages.{i}", stage) for i, stage in enumerate(config.stages) if isinstance(stage, DGRPO)]
-
-
-def samplers(config: Config) -> list[tuple[str, DGRPO | Evaluation]]:
-    """Dotted path and section of everything that asks an engine for responses."""
-    found: list[tuple[str, DGRPO | Evaluation]] = list(dgrpo_stages(config))
-    return found + ([("evaluation", config.evaluation)] if config.evaluation else [])
 
 
 # ---- The config alone ------------------------------------------------------------------------------------------------
@@ -107,10 +100,11 @@ def _layouts(config: Config) -> Iterator[str]:
                 f"{where}.layout.vpp: {layout.vpp} parts of a pipeline stage, and there is no pipeline; set "
                 f"{where}.layout.pp=2 or more, or {where}.layout.vpp=1"
             )
-        if layout.tp * layout.dp % (layout.etp * layout.ep):
+        if layout.tp * layout.cp * layout.dp % (layout.etp * layout.ep):
             yield (
-                f"{where}.layout.ep: etp x ep = {layout.etp * layout.ep} does not divide tp x dp = "
-                f"{layout.tp * layout.dp}, the ranks of a stage; choose a divisor, or raise {where}.layout.dp"
+                f"{where}.layout.ep: etp x ep = {layout.etp * layout.ep} does not divide tp x cp x dp = "
+                f"{layout.tp * layout.cp * layout.dp}, the ranks of a stage; choose a divisor, or raise "
+                f"{where}.layout.dp"
             )
         if model.fp8 is not None and model.dtype != "bfloat16":
             yield f"{where}.fp8: the weights beside FP8 products are bfloat16; set {where}.dtype=bfloat16"
@@ -122,7 +116,7 @@ def _teachers(config: Config) -> Iterator[str]:
     names = [teacher.model for teacher in config.teachers]
     for name in dict.fromkeys(name for name in names if names.count(name) > 1):
         yield f"teachers: {name!r} is listed {names.count(name)} times; list it once"
-    taught = [path for path, stage in dgrpo_stages(config) if stage.objective.beta > 0]
+    taught = [path for path, stage in dgrpo_stages(config) if stage.objective.uses_teacher]
     for path in taught:
         if not names:
             yield (
@@ -135,11 +129,16 @@ def _teachers(config: Config) -> Iterator[str]:
         why = "every dgrpo stage has objective.beta 0" if dgrpo_stages(config) else "there is no dgrpo stage"
         yield f"teachers: listed, but no stage uses one ({why}); set teachers=[] or an objective.beta above 0"
     for path, stage in dgrpo_stages(config):
-        if stage.objective.beta == 0 and not any(reward.weight for reward in stage.rewards):
+        if not stage.objective.uses_teacher and not any(reward.weight for reward in stage.rewards):
             yield (
                 f"{path}: all rewards have weight 0 and objective.beta is 0, so that nothing is learnt; "
                 "give a reward a weight, or beta a value above 0"
             )
+
+
+def _objectives(config: Config) -> Iterator[str]:
+    for path, stage in dgrpo_stages(config):
+        yield from (f"{path}.objective.{problem}" for problem in objective_problems(stage.objective))
 
 
 def _engines(config: Config) -> Iterator[str]:
@@ -156,41 +155,6 @@ def _engines(config: Config) -> Iterator[str]:
         model = config.models.get(engine.model)
         if model is not None and (engine.dtype or model.dtype) == "float64":
             yield f"engines.{name}.dtype: vLLM does not compute in float64; set engines.{name}.dtype=float32"
-
-
-def _batches(config: Config) -> Iterator[str]:
-    for path, stage in dgrpo_stages(config):
-        prompts, updates = stage.prompts_per_step, stage.updates_per_batch
-        if prompts % updates:
-            fitting = max(n for n in range(1, min(prompts, updates) + 1) if prompts % n == 0)
-            yield (
-                f"{path}.updates_per_batch: {updates} updates cannot share {prompts} prompts equally; set "
-                f"{path}.updates_per_batch={fitting} or {path}.prompts_per_step={-(-prompts // updates) * updates}"
-            )
-    for i, any_stage in enumerate(config.stages):
-        if any_stage.micro_batch_tokens < 2:
-            yield (
-                f"stages.{i}.micro_batch_tokens: a sequence has at least a prompt's and a response's token; "
-                "set it to the longest sequence at least"
-            )
-
-
-def _lengths(config: Config) -> Iterator[str]:
-    for path, section in samplers(config):
-        engine = config.engines.get(section.engine)
-        if engine is None:
-            continue
-        if section.sampling.max_tokens >= engine.max_model_len:
-            yield (
-                f"{path}.sampling.max_tokens: {section.sampling.max_tokens} leaves no room for a prompt in "
-                f"engines.{section.engine}.max_model_len={engine.max_model_len}; lower the one or raise the other"
-            )
-        if isinstance(section, DGRPO) and 2 <= section.micro_batch_tokens < engine.max_model_len:
-            yield (
-                f"{path}.micro_batch_tokens: {section.micro_batch_tokens} cannot hold the longest sequence that the "
-                f"engine may return; set {path}.micro_batch_tokens={engine.max_model_len} or more, or "
-                f"engines.{section.engine}.max_model_len={section.micro_batch_tokens} or less"
-            )
 
 
 # ---- The disk --------------------------------------------------------------------------------------------------------
@@ -304,10 +268,14 @@ def _datasets(config: Config) -> Iterator[str]:
             yield f"{where}: {file} is empty; give a file with a row a line"
 
 
+_BEFORE_THE_FIRST_STEP = ("config.yaml", "logs")
+"""All that a run leaves that failed before it had anything to keep: it may be started again, and its logs go on."""
+
+
 def _run_dir(config: Config) -> Iterator[str]:
     folder = Path(config.run_dir)
     if folder.is_dir():
-        if any(folder.iterdir()):
+        if any(entry.name not in _BEFORE_THE_FIRST_STEP for entry in folder.iterdir()):
             yield f"run_dir: {folder} is not empty; name a new folder, or remove it if its run is not needed"
             return
     elif folder.exists() or folder.is_symlink():

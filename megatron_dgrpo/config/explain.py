@@ -40,10 +40,14 @@ def nearest(name: str, choices: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class _Place:
-    path: str
+    keys: tuple[int | str, ...]  # as the raw data has them
     owner: type[BaseModel] | None  # the model that has, or would have, the last key
     field: FieldInfo | None
     annotation: Any
+
+    @property
+    def path(self) -> str:
+        return ".".join(map(str, self.keys))
 
 
 def explain(error: ValidationError, schema: type[BaseModel]) -> dict[str, str]:
@@ -64,14 +68,17 @@ def likely_kinds(error: ValidationError, schema: type[BaseModel]) -> Iterator[tu
     """
     for detail in error.errors(include_url=False):
         if detail["type"] == "union_tag_invalid":
-            kinds = _kinds(_locate(schema, detail["loc"]).annotation)
+            place = _locate(schema, detail["loc"])
+            kinds = _kinds(place.annotation)
             if close := difflib.get_close_matches(str(detail["input"][KIND]), kinds, n=1, cutoff=0.6):
-                yield detail["loc"], close[0]
+                yield place.keys, close[0]
 
 
 def _sentence(detail: Any, place: _Place, schema: type[BaseModel]) -> str:
     kind, value = detail["type"], detail["input"]
     key = place.path.rpartition(".")[2]
+    if kind == "value_error":  # a validator's own words
+        return str(detail["ctx"]["error"])
     if kind == "extra_forbidden":
         return f"unknown key{_right_key(key, place.owner, schema)}"
     if kind == "missing":
@@ -110,45 +117,51 @@ def _right_key(key: str, owner: type[BaseModel] | None, schema: type[BaseModel])
     here = list(owner.model_fields) if owner else []
     if close := difflib.get_close_matches(key, here, n=1, cutoff=0.6):
         return f"; did you mean {close[0]!r}?"
-    everywhere = list(_all_paths(schema))
-    elsewhere: dict[str, set[str]] = {}
-    for path, kind in everywhere:
+    elsewhere: dict[str, dict[str, None]] = {}
+    unions: dict[str, frozenset[str]] = {}
+    for path, kind, union in _all_paths(schema):
         if path.rpartition(".")[2] == key:
-            elsewhere.setdefault(path, set()).add(kind)
+            elsewhere.setdefault(path, {})[kind] = None
+            unions[path] = union
     if elsewhere:
-        section = lambda path: path.partition(".")[0]  # noqa: E731
-        every_kind = lambda of: {kind for path, kind in everywhere if kind and section(path) == section(of)}  # noqa: E731
         places = [
-            path if kinds in ({""}, every_kind(path)) else f"{path} of kind {' or '.join(kinds)}"
+            path if kinds.keys() == unions[path] else f"{path} of kind {' or '.join(kinds)}"
             for path, kinds in elsewhere.items()
         ]
         return f"; it belongs at {' or at '.join(places)}"
     return f"; the keys here are {', '.join(here)}"
 
 
-def _all_paths(model: type[BaseModel], prefix: str = "", kind: str = "") -> Iterator[tuple[str, str]]:
-    """Every key of the schema with the kind of the union's member that it is part of."""
+def _all_paths(
+    model: type[BaseModel], prefix: str = "", kind: str = "", union: frozenset[str] = frozenset({""})
+) -> Iterator[tuple[str, str, frozenset[str]]]:
+    """Every key of the schema with the kind of the union's member that it is part of, and all kinds of that union."""
     for name, field in model.model_fields.items():
-        yield prefix + name, kind
-        yield from _paths_below(field.annotation, prefix + name, kind)
+        yield prefix + name, kind, union
+        yield from _paths_below(field.annotation, prefix + name, kind, union)
 
 
-def _paths_below(annotation: Any, path: str, kind: str) -> Iterator[tuple[str, str]]:
+def _paths_below(
+    annotation: Any, path: str, kind: str, union: frozenset[str]
+) -> Iterator[tuple[str, str, frozenset[str]]]:
     arms = _arms(annotation)
     for arm in arms:
         origin, arguments = get_origin(arm), get_args(arm)
         if isinstance(arm, type) and issubclass(arm, BaseModel):
-            yield from _all_paths(arm, f"{path}.", _kinds(arm)[0] if len(arms) > 1 else kind)
+            if len(arms) == 1:
+                yield from _all_paths(arm, f"{path}.", kind, union)
+            for own in _kinds(arm) if len(arms) > 1 else ():
+                yield from _all_paths(arm, f"{path}.", own, frozenset(_kinds(annotation)))
         elif origin is dict:
-            yield from _paths_below(arguments[1], f"{path}.NAME", kind)
+            yield from _paths_below(arguments[1], f"{path}.NAME", kind, union)
         elif origin is tuple and Ellipsis in arguments:
-            yield from _paths_below(arguments[0], f"{path}.N", kind)
+            yield from _paths_below(arguments[0], f"{path}.N", kind, union)
 
 
 def _locate(schema: type[BaseModel], loc: Sequence[int | str]) -> _Place:
     """Walk the schema along pydantic's location."""
     annotation: Any = schema
-    path: list[str] = []
+    keys: list[int | str] = []
     owner: type[BaseModel] | None = None
     field: FieldInfo | None = None
     for key in loc:
@@ -157,7 +170,7 @@ def _locate(schema: type[BaseModel], loc: Sequence[int | str]) -> _Place:
             annotation = next(arm for arm in arms if key in _kinds(arm))
             continue
         bare = _bare(annotation)
-        path.append(str(key))
+        keys.append(key)
         owner = field = None
         if isinstance(bare, type) and issubclass(bare, BaseModel):
             owner, field = bare, bare.model_fields.get(str(key))
@@ -165,7 +178,7 @@ def _locate(schema: type[BaseModel], loc: Sequence[int | str]) -> _Place:
         else:
             arguments = get_args(bare)
             annotation = arguments[1 if get_origin(bare) is dict else 0] if arguments else None
-    return _Place(".".join(path), owner, field, annotation)
+    return _Place(tuple(keys), owner, field, annotation)
 
 
 def _arms(annotation: Any) -> list[Any]:

@@ -151,11 +151,11 @@ def _validate(data: dict[str, Any]) -> tuple[Config | None, dict[str, str]]:
     except ValidationError as error:
         found = explain(error, Config)
         if repaired := list(likely_kinds(error, Config)):
-            for loc, kind in repaired:
+            for (*parents, last), kind in repaired:
                 node: Any = data
-                for key in loc:
+                for key in parents:
                     node = node[key]
-                node[KIND] = kind
+                node[last] = kind if isinstance(node[last], str) else node[last] | {KIND: kind}
             found |= _validate(data)[1]
         return None, found
 

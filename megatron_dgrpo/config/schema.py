@@ -7,12 +7,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-
-class Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
+from megatron_dgrpo.config.frozen import Frozen
+from megatron_dgrpo.config.objective import Objective
 
 DType = Literal["float32", "bfloat16", "float64"]
 
@@ -22,6 +20,8 @@ class Layout(Frozen):
 
     tp: PositiveInt = 1
     """Tensor-parallel size: each layer's matrices and the vocabulary are cut into this many shards."""
+    cp: PositiveInt = 1
+    """Context-parallel size: a micro-batch's tokens are spread over this many ranks, which exchange keys and values."""
     dp: PositiveInt = 1
     """Data-parallel size: replicas that work on different micro-batches."""
     pp: PositiveInt = 1
@@ -29,15 +29,15 @@ class Layout(Frozen):
     vpp: PositiveInt = 1
     """Virtual stages: each stage has so many parts that are not neighbours, for a shorter bubble (needs pp > 1)."""
     ep: PositiveInt = 1
-    """Expert-parallel size: experts are spread over so many of a stage's tp x dp ranks."""
+    """Expert-parallel size: experts are spread over so many of a stage's tp x cp x dp ranks."""
     etp: PositiveInt = 1
-    """Tensor-parallel size of the experts; etp x ep divides tp x dp."""
+    """Tensor-parallel size of the experts; etp x ep divides tp x cp x dp."""
     sequence_parallel: bool = False
     """Cut the activations between tensor-parallel regions along the sequence, too (needs tp > 1)."""
 
     @property
     def world_size(self) -> int:
-        return self.tp * self.dp * self.pp
+        return self.tp * self.cp * self.dp * self.pp
 
 
 class DefaultRope(Frozen):
@@ -182,28 +182,6 @@ class Reward(Frozen):
     weight: float = 1.0
 
 
-class Advantages(Frozen):
-    """How a group's rewards become advantages: (reward - mean) / (std + epsilon)."""
-
-    std: Literal["population", "sample"] = "population"
-    """Divide the squared deviations by G (population) or by G - 1 (sample)."""
-    epsilon: NonNegativeFloat = 1e-6
-    """Added to the standard deviation. A group of equal rewards has advantage 0 and keeps its KL."""
-
-
-class Objective(Frozen):
-    """dGRPO: the clipped surrogate minus beta times KL(student || teacher), per token, a mean over each response, then
-    over the group, then over the prompts."""
-
-    clip_low: PositiveFloat = 0.2
-    """The ratio is clipped below 1 - clip_low."""
-    clip_high: PositiveFloat = 0.2
-    """The ratio is clipped above 1 + clip_high."""
-    beta: NonNegativeFloat = 0.5
-    """Weight of the KL to the teacher; 0 is GRPO and needs no teacher."""
-    advantages: Advantages = Advantages()
-
-
 class Evaluation(Frozen):
     """Mean reward on held-out prompts, one response each."""
 
@@ -223,7 +201,10 @@ class Stage(Frozen):
     """Batches to train on."""
     optimizer: Adam
     micro_batch_tokens: PositiveInt = 8192
-    """Sequences are packed into micro-batches of at most so many tokens."""
+    """Sequences are packed into micro-batches of at most so many tokens (on all context-parallel ranks together). A
+    prompt counts once for all of its responses; a group that is larger is cut into several, each with the prompt."""
+    on_overlong: Literal["error", "drop"] = "error"
+    """A sequence that is longer than a micro-batch or the model's context ends the run, or is dropped and counted."""
 
 
 class SFT(Stage):
@@ -247,13 +228,19 @@ class DGRPO(Stage):
     sampling: Sampling
     rewards: Annotated[tuple[Reward, ...], Field(min_length=1)]
     objective: Objective = Objective()
+    preflight: bool = True
+    """Before the first update, check on its batch that the teacher's signal arrives and is the right one; the cost is
+    about a forward of the teacher. A failed check ends the run."""
+    diagnostics_every: NonNegativeInt = 10
+    """Compare the norms and directions of the terms' gradients at the first step and every so many (0: never)."""
 
 
 class Config(Frozen):
     """A run."""
 
     run_dir: str
-    """Folder for everything that the run leaves behind; it must not exist or be empty."""
+    """Folder for everything that the run leaves behind; it must not exist or be empty, but for what a run leaves that
+    failed before its first step (config.yaml and logs)."""
     seed: NonNegativeInt = 0
     threads_per_rank: PositiveInt = 1
     """CPU threads of each trainer rank."""

@@ -28,7 +28,7 @@ class HeadShard:
     """One rank's part of a head."""
 
     weight_VH: Tensor
-    """Rows of ids `start`, `start + 1`, ...; padding rows may follow."""
+    """Rows of ids `start`, `start + 1`, ...; padding rows may follow. A student's has as many rows on every rank."""
     start: int
     """Id of the first row."""
     num_valid: int
@@ -88,8 +88,7 @@ class Pair:
 
     @property
     def num_shared(self) -> int:
-        own = self.student.head.num_valid
-        return own if self.teacher is None else min(own, self.teacher.head.num_valid)
+        return (self.teacher or self.student).head.num_valid
 
     @property
     def dtype(self) -> torch.dtype:
@@ -122,6 +121,11 @@ class Pair:
                 found.append(
                     f"the teacher's head starts at id {self.teacher.head.start}, the student's at"
                     f" {self.student.head.start}: cut the teacher's at the student's boundaries"
+                )
+            if self.teacher.head.num_valid > self.student.head.num_valid:
+                found.append(
+                    f"the teacher's head has {self.teacher.head.num_valid} ids where the student's has"
+                    f" {self.student.head.num_valid}: give ids that the student does not have as beyond_VH, on one rank"
                 )
         if found:
             raise ObjectiveError(listing("The heads cannot be applied:", found))

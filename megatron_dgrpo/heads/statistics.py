@@ -75,7 +75,7 @@ def row_statistics(
     pair = make_pair(hidden_TH, head, teacher_hidden_TH, teacher_head)
     pair.check(targets_T, temperature)
     call = make_call(want, pair, temperature, group, jsd_alpha, topk, nonfinite, reduce_hidden_gradient)
-    plan = Plan.recompute(pair.device, chunk_rows, tile)
+    plan = Plan.recompute(pair, chunk_rows, tile)
     values = _Recompute.apply(hidden_TH, head.weight_VH, pair, targets_T, call, plan)
     return RowStatistics.of(dict(zip(call.names, values, strict=True)))
 

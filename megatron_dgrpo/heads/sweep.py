@@ -31,19 +31,28 @@ class Plan:
     tile: int
 
     @classmethod
-    def recompute(cls, device: torch.device, chunk_rows: int | None, tile: int | None) -> Plan:
+    def recompute(cls, pair: Pair, chunk_rows: int | None, tile: int | None) -> Plan:
         """Large enough for matrix products at full rate; on CPU small enough for a tile to stay in the cache."""
-        rows, columns = (4096, 8192) if device.type == "cuda" else (512, 1024)
-        return cls(chunk_rows or rows, tile or columns)
+        return cls(chunk_rows or (4096 if pair.device.type == "cuda" else 512), tile or _even_tile(pair))
 
     @classmethod
     def keep(cls, pair: Pair, chunk_rows: int | None, tile: int | None) -> Plan:
-        """As many rows as keep both models' logits within a budget, in whole blocks."""
-        cuda = pair.device.type == "cuda"
-        columns = pair.student.head.num_valid + (pair.num_shared if pair.teacher is not None else 0)
-        budget, block = (2**31, 256) if cuda else (2**26, 64)
+        """As many rows as keep both models' logits within a budget, in whole blocks.
+
+        Chunks are where ranks meet, so this looks only at what they have in common: not at their valid ids.
+        """
+        columns = pair.student.head.weight_VH.shape[0] * (1 if pair.teacher is None else 2)
+        budget, block = (2**31, 256) if pair.device.type == "cuda" else (2**26, 64)
         rows = budget // (max(1, columns) * pair.dtype.itemsize) // block * block
-        return cls(chunk_rows or min(4096, max(block, rows)), tile or (8192 if cuda else 1024))
+        return cls(chunk_rows or min(4096, max(block, rows)), tile or _even_tile(pair))
+
+
+def _even_tile(pair: Pair) -> int:
+    """Tiles of about equal size, in whole blocks of columns: a small last one would be slow."""
+    most, block = (8192, 128) if pair.device.type == "cuda" else (1024, 16)
+    columns = max(1, pair.student.head.num_valid)
+    parts = -(-columns // most)
+    return -(-columns // (parts * block)) * block
 
 
 @dataclass(frozen=True)

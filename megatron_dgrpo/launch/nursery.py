@@ -29,7 +29,25 @@ ENGINE_PRELOAD = (
     "vllm.model_executor.models.qwen3",
 )
 ENGINE_ENV = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}  # vLLM reads them when it is imported
-NOISE = re.compile(r"\[Gloo\] Rank |Extension modules: |  File .*nursery_server\.py\", line ")
+_ENGINE_WARNINGS = (  # vLLM's on every start: each is about something that is meant to be as it is
+    "The global random seed is set to",
+    "This model does not officially support disabling chunked prefill",
+    "max_num_batched_tokens .* exceeds max_num_seqs",
+    "Enforce eager set",
+    "Inductor compilation was disabled by user settings",
+    "Triton is not installed",
+    "Reset SSM cache type",
+    "Model Runner V2 requires Triton",
+    r"\S+ is not found in LD_PRELOAD",
+    "Using None for EOS token id",
+)
+NOISE = re.compile(
+    r"\[Gloo\] Rank |Extension modules: |  File .*nursery_server\.py\", line "
+    r"|Loading \S+ checkpoint shards: |\[W\d+ .*NUMA binding: "
+    r"|.*triton_utils/dispatcher\.py:\d+: FutureWarning: |  if hasattr\(value, \"__dict__\"\):$"
+    r"|  wrapper = lookup\(vars\(value\)\.get\(\"kernel\"\)\)$"
+    rf"|(\(\w+ pid=\d+\) )?WARNING [^\[]*\[\S+\] ({'|'.join(_ENGINE_WARNINGS)})"
+)
 
 
 def in_words(returncode: int) -> str:
@@ -50,7 +68,7 @@ def last_lines(path: str | Path, lines: int = 20) -> str:
             text = file.read().decode(errors="replace")
     except FileNotFoundError:
         return ""
-    return "\n".join([line for line in text.splitlines() if not NOISE.match(line)][-lines:])
+    return "\n".join([line for line in text.splitlines() if not NOISE.match(line)][-lines:]).strip("\n")
 
 
 class Child:

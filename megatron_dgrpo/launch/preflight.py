@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator, Mapping
+
 from megatron_dgrpo.checkpoint.hf.families import read_spec
 from megatron_dgrpo.checkpoint.hf.headers import check_tensors
 from megatron_dgrpo.checkpoint.hf.mapping import rules
 from megatron_dgrpo.config.schema import Config
+from megatron_dgrpo.config.stages import samplers
 from megatron_dgrpo.errors import ConfigError, ConversionError, listing
 from megatron_dgrpo.model.layouts import layout_problems
+from megatron_dgrpo.model.spec import ModelSpec
+
+_BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
 
 
 def check_models(config: Config) -> None:
-    """Architecture, tensors and layout of the student and every teacher; all problems of all of them in one error."""
-    problems = []
+    """Architecture, tensors and layout of the student and every teacher, and whether the engines can serve the longest
+    sequences that they may be asked for; all problems of all of them in one error."""
+    problems, specs = [], dict[str, ModelSpec]()
     for name in dict.fromkeys([config.student, *(teacher.model for teacher in config.teachers)]):
         model = config.models[name]
         try:
@@ -21,6 +29,42 @@ def check_models(config: Config) -> None:
         except ConversionError as error:
             problems.append(f"models.{name}: {error}")
             continue
+        specs[name] = spec
         problems += [f"models.{name}.layout: {problem}" for problem in layout_problems(spec, model.layout)]
+    problems += engine_problems(config, specs, block_size=_block_size())
     if problems:
         raise ConfigError(listing("The models can't be used as they are:", problems))
+
+
+def engine_problems(config: Config, specs: Mapping[str, ModelSpec], *, block_size: int) -> Iterator[str]:
+    """Of the engines that are started: vLLM finds the same, but only after its imports, and in other words."""
+    for name in dict.fromkeys(section.engine for _, section in samplers(config)):
+        engine = config.engines[name]
+        spec, length = specs.get(engine.model), engine.max_model_len
+        if spec is None:
+            continue
+        if length > spec.max_positions:
+            yield (
+                f"engines.{name}.max_model_len: {length} is more than the {spec.max_positions} positions of "
+                f"{engine.model!r} (max_position_embeddings, or models.{engine.model}.rope); set "
+                f"engines.{name}.max_model_len={spec.max_positions} or less, or stretch its rotary embeddings with "
+                f"models.{engine.model}.rope"
+            )
+        needed = kv_bytes(spec, length, _BYTES[engine.dtype or config.models[engine.model].dtype], block_size)
+        if engine.kv_cache_bytes < needed:
+            yield (
+                f"engines.{name}.kv_cache_bytes: {engine.kv_cache_bytes} cannot hold one sequence of max_model_len="
+                f"{length}, which takes {needed}; set engines.{name}.kv_cache_bytes={needed} or more (times the "
+                f"sequences that are to run together), or lower engines.{name}.max_model_len"
+            )
+
+
+def kv_bytes(spec: ModelSpec, length: int, bytes_per_number: int, block_size: int) -> int:
+    """Keys and values of one sequence in whole blocks, and the block that vLLM keeps for itself."""
+    blocks = -(-length // block_size) + 1
+    return blocks * block_size * 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * bytes_per_number
+
+
+def _block_size() -> int:
+    """Tokens of a block where nobody says otherwise: vLLM's defaults on CUDA and on CPU."""
+    return 16 if os.path.exists("/dev/nvidiactl") else 128

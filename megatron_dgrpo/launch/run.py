@@ -8,23 +8,25 @@ from megatron_dgrpo.checkpoint.hf.families import read_spec, rope_parameters
 from megatron_dgrpo.config.checks import check_files
 from megatron_dgrpo.config.loader import dump
 from megatron_dgrpo.config.schema import Config, Engine, Model
+from megatron_dgrpo.errors import ConfigError
 from megatron_dgrpo.launch.preflight import check_models
 from megatron_dgrpo.launch.supervisor import Supervisor
+
+_CHECK_S = 3600.0
+"""All data is read and tokenised once."""
 
 
 def train(config: Config) -> int:
     """Run a config from its start to its end; returns the exit status."""
     check_files(config)
     check_models(config)
-    run_dir = Path(config.run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    resolved = run_dir / "config.yaml"
-    resolved.write_text(dump(config), encoding="utf-8")
-    with Supervisor(run_dir) as supervisor:
+    resolved = _make_run_dir(config)
+    with Supervisor(config.run_dir) as supervisor:
         names = used_engines(config)
         supervisor.prepare("trainer")
         if names:
-            supervisor.prepare("engine")  # its imports take longest: they go on while the ranks start
+            supervisor.prepare("engine")  # its imports take longest: they go on while the data is checked
+        _check_data(supervisor, resolved)
         addresses = {name: f"unix:{supervisor.private_dir / f'{name}.sock'}" for name in names}
         supervisor.start_ranks(
             "megatron_dgrpo.train.worker:main",
@@ -47,6 +49,26 @@ def train(config: Config) -> int:
             )
         supervisor.watch()
     return 0
+
+
+def _make_run_dir(config: Config) -> Path:
+    """The run's folder, with the resolved config in it."""
+    resolved = Path(config.run_dir) / "config.yaml"
+    try:
+        resolved.parent.mkdir(parents=True, exist_ok=True)
+        resolved.write_text(dump(config), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"run_dir: {config.run_dir} can't be written ({error}): name another folder") from None
+    return resolved
+
+
+def _check_data(supervisor: Supervisor, resolved: Path) -> None:
+    """Tokenizers need libraries that this process does not import: another one looks, before anything else starts."""
+    answer = supervisor.private_dir / "problems"
+    arguments = {"config_path": str(resolved), "answer_path": str(answer)}
+    supervisor.run_check("megatron_dgrpo.train.checks:main", arguments, timeout_s=_CHECK_S)
+    if problems := answer.read_text(encoding="utf-8"):
+        raise ConfigError(problems)
 
 
 def used_engines(config: Config) -> list[str]:

@@ -27,7 +27,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 from megatron_dgrpo.errors import LaunchError
 from megatron_dgrpo.launch import nursery
@@ -174,6 +174,12 @@ class Supervisor:
             ranks.append(self._start("trainer", f"rank{rank}", target, args, its_env))
         return ranks
 
+    def run_check(self, target: str, args: Mapping[str, Any], *, timeout_s: float) -> None:
+        """Run something that is quick in a process with the trainers' imports, and wait for its end."""
+        child = self._start("trainer", "checks", target, args, {})
+        self.wait_until(lambda: child.returncode is not None, what="The checks had not ended", timeout_s=timeout_s)
+        self.processes = [process for process in self.processes if process.child is not child]
+
     def start_engine(
         self, name: str, target: str, args: Mapping[str, Any], *, threads: int = 1, env: Mapping[str, str] | None = None
     ) -> Child:
@@ -201,7 +207,7 @@ class Supervisor:
         start = time.monotonic()
         while True:
             self._look()
-            if any(process.failed for process in self.processes) or not all(n.alive for n in self._nurseries.values()):
+            if self._failed() or not all(n.alive for n in self._nurseries.values()):
                 self._fail()
             if not goes_on():
                 return
@@ -221,12 +227,20 @@ class Supervisor:
         if self._echo:
             self._echo.pump()
 
-    def _fail(self) -> NoReturn:
+    def _failed(self) -> list[Watched]:
+        """Who ended when it should not have. Engine hosts end with their last owner: when the first rank is done."""
+        over = any(p.kind == "trainer" and p.child.returncode == 0 for p in self.processes)
+        return [p for p in self.processes if p.failed and not (over and p.child.returncode == 0)]
+
+    def _fail(self) -> None:
+        """Raise the first cause; return if, a moment later, nothing has failed after all."""
         deadline = time.monotonic() + _SETTLE_S
         while time.monotonic() < deadline and any(p.child.returncode is None for p in self.processes):
             self._look()
-        ended = sorted((process for process in self.processes if process.failed), key=_how_early)
+        ended = sorted(self._failed(), key=_how_early)
         dead_servers = [server for server in self._nurseries.values() if not server.alive]
+        if not ended and not dead_servers:
+            return
         self.stop()
         if dead_servers:
             raise LaunchError("\n".join(server.obituary() for server in dead_servers))

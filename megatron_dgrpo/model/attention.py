@@ -1,10 +1,9 @@
-"""Core attention over packed documents.
+"""Core attention over trees, in the place of Megatron's.
 
-Legend: S tokens on this rank, B the batch axis (always 1: documents are packed along S), N heads, K key-value heads,
-D head dimension.
+The layout record says which tokens see each other; Megatron's attention masks are not used.
 
-The layout record says which tokens see each other; Megatron's attention masks are not used. Documents are causal and
-independent, so each is one call of the fastest kernel that torch has for it, and nothing of the size S x S exists.
+Legend: S tokens on this rank, B the batch axis (always 1: trees are packed along S), N heads, K key-value heads, D head
+dimension.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_dgrpo.model.tree_attention import tree_attention
 from megatron_dgrpo.packing.layout import Layout
 
 
@@ -42,8 +42,9 @@ class PackedAttention(torch.nn.Module):
         **_: Any,
     ) -> None:
         super().__init__()
-        assert attention_type == "self" and config.attention_dropout == 0.0 and pg_collection.cp.size() == 1
+        assert attention_type == "self" and config.attention_dropout == 0.0
         self.scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
+        self.cp_group = pg_collection.cp if pg_collection.cp.size() > 1 else None
 
     def forward(
         self,
@@ -56,22 +57,15 @@ class PackedAttention(torch.nn.Module):
         packed_seq_params: LayoutParams | None = None,
     ) -> torch.Tensor:
         assert packed_seq_params is not None and attention_mask is None and attention_bias is None
-        s, b, n, d = query_SBND.shape
-        query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBND, key_SBKD, value_SBKD))
-        parts = []
-        for document in packed_seq_params.layout.documents:
-            span = slice(document.start, document.start + document.length)
-            parts.append(
-                torch.nn.functional.scaled_dot_product_attention(
-                    query[:, :, span],
-                    key[:, :, span],
-                    value[:, :, span],
-                    is_causal=True,
-                    scale=self.scale,
-                    enable_gqa=n != key.size(1),
-                )
-            )
-        return torch.cat(parts, 2).permute(2, 0, 1, 3).reshape(s, b, n * d)
+        out_SND = tree_attention(
+            query_SBND.squeeze(1),
+            key_SBKD.squeeze(1),
+            value_SBKD.squeeze(1),
+            packed_seq_params.layout.attention,
+            group=self.cp_group,
+            scale=self.scale,
+        )
+        return out_SND.flatten(1)[:, None]
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         return {}

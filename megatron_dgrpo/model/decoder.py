@@ -16,6 +16,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 
 from megatron_dgrpo.config.schema import Layout as Axes
 from megatron_dgrpo.errors import LayoutError, listing
@@ -87,6 +88,24 @@ class Part(GPTModel):
             output_processor=lambda hidden_states, **_: hidden_states,
         )
 
+    def tie_embeddings_and_output_weights_state_dict(
+        self, described: Any, output_key: str, embedding_key: str, metadata: Any = None
+    ) -> None:
+        """In a checkpoint the last stage's tied head is one more copy of the embedding.
+
+        Megatron's own form asks its global state for the data-parallel rank.
+        """
+        if self.post_process and not self.pre_process:
+            group = self.groups.dp_cp
+            described[output_key] = make_tp_sharded_tensor_for_checkpoint(
+                tensor=self.shared_embedding_or_output_weight(),
+                key=embedding_key,
+                replica_id=(1, 0, group.rank()),
+                allow_shape_mismatch=True,
+                tp_group=self.groups.tp,
+                dp_cp_group=group,
+            )
+
 
 class Decoder(torch.nn.Module):
     """All that this rank holds of a model."""
@@ -98,13 +117,6 @@ class Decoder(torch.nn.Module):
             Part(spec, config, groups, layers, number)
             for number in range(config.virtual_pipeline_model_parallel_size or 1)
         )
-
-    def forward(self, layout: Layout) -> torch.Tensor:
-        """Final hidden states, where one rank (or one tensor-parallel group) has all layers."""
-        (part,) = self.parts
-        assert self.groups.grid.pp == 1
-        hidden: torch.Tensor = part(layout)
-        return hidden
 
     def sharded_state_dict(self, **kwargs: Any) -> dict[str, Any]:
         """Megatron's, under the names that `load_state_dict` takes; in the checkpoint no name tells of parts."""

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from megatron_dgrpo.config.schema import Layout
+from megatron_dgrpo.config.stages import FP8, padding_unit
 from megatron_dgrpo.model.spec import ModelSpec
 
-FP8 = Literal["tensorwise", "blockwise", "mxfp8"]
-"""Scales per tensor (from its current values), per block of 128 x 128 or 1 x 128, per run of 32 (Blackwell)."""
-_FP8_UNIT: dict[FP8, int] = {"tensorwise": 16, "blockwise": 128, "mxfp8": 32}
+__all__ = ["FP8", "layout_problems", "padding_unit", "pipeline_split"]
 
 
 def layout_problems(spec: ModelSpec, layout: Layout) -> list[str]:
@@ -62,12 +59,3 @@ def pipeline_split(num_layers: int, num_chunks: int) -> list[int]:
         weight[lightest] += 1
         layers[lightest] += 1
     return layers
-
-
-def padding_unit(*, tp: int, cp: int = 1, sequence_parallel: bool = False, fp8: FP8 | None = None) -> int:
-    """The number of tokens of a micro-batch is a multiple of this.
-
-    Context parallelism cuts it into equal parts, sequence parallelism each of these once more, and every part of FP8
-    training is cut into whole blocks: FP8 products contract over tokens when they form a weight's gradient.
-    """
-    return cp * (tp if sequence_parallel else 1) * (_FP8_UNIT[fp8] if fp8 else 1)

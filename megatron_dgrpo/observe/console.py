@@ -36,6 +36,9 @@ class Console:
                 line.append(f"  {label} ", style="dim").append(
                     cell, style="bold red" if cell[-1] in "nf" else "default"
                 )
+        if equal := values.get("equal_groups"):
+            style = "bold red" if equal == values["groups"] else "default"
+            line.append("  equal groups ", style="dim").append(f"{equal:.0f}/{values['groups']:.0f}", style=style)
         times = {key.removeprefix("time/"): seconds for key, seconds in values.items() if key.startswith("time/")}
         shown = [f"{name} {seconds:.1f}s" for name, seconds in times.items() if name != "step" and seconds >= 0.05]
         if shown:

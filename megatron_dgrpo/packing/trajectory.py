@@ -11,7 +11,7 @@ output) and is context only. Three log-probs are kept apart and never mixed:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -43,3 +43,13 @@ class Trajectory:
     @property
     def num_loss_tokens(self) -> int:
         return sum(len(s.tokens) for s in self.segments if s.trained)
+
+
+def by_prompts(trajectories: Sequence[Trajectory], num_shares: int) -> list[list[Trajectory]]:
+    """Shares of whole groups, in equal numbers (one group less in some where groups are missing), none empty."""
+    groups: dict[str, list[Trajectory]] = {}
+    for trajectory in trajectories:
+        groups.setdefault(trajectory.prompt_id, []).append(trajectory)
+    shares = np.array_split(np.arange(len(groups)), min(len(groups), num_shares))
+    members = list(groups.values())
+    return [[trajectory for group in share for trajectory in members[group]] for share in shares]

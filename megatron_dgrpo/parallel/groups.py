@@ -4,8 +4,8 @@ A model's layout is a grid of axes tp (fastest), cp, dp, pp (slowest). The exper
 on the same ranks: etp (fastest), ep, edp, pp, where etp x ep x edp = tp x cp x dp. Megatron asks for some twenty
 groups; on these grids many of them have the same ranks, and one communicator serves all that do.
 
-Every rank of the world makes the groups of every model, also of one that it has no part in: creating a communicator is
-an act of all. A rank without a part has no groups (`member` is False).
+Every rank of the world makes the groups of every model, also of one that it has no part in: creating a communicator
+is an act of all. A rank without a part has no groups (`member` is False).
 """
 
 from __future__ import annotations

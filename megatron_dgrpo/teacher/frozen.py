@@ -23,12 +23,14 @@ from megatron_dgrpo.checkpoint.hf.importer import import_weights, read_head
 from megatron_dgrpo.config.schema import RopeScaling
 from megatron_dgrpo.heads import HeadShard, gather_rows
 from megatron_dgrpo.model.decoder import Decoder, build_decoder
+from megatron_dgrpo.model.flops import forward_cost
 from megatron_dgrpo.model.layouts import padding_unit
 from megatron_dgrpo.model.megatron_config import BuildOptions
 from megatron_dgrpo.model.schedule import run_schedule
 from megatron_dgrpo.model.spec import ModelSpec
 from megatron_dgrpo.packing.layout import Layout
-from megatron_dgrpo.packing.pack import PackedSequence, micro_batches
+from megatron_dgrpo.packing.pack import Packing
+from megatron_dgrpo.packing.trees import Tree
 from megatron_dgrpo.parallel import platform
 from megatron_dgrpo.parallel.groups import Groups
 from megatron_dgrpo.teacher.redistribution import redistribute
@@ -50,19 +52,22 @@ class FrozenTeacher:
     weights_in: Memory
     rows_in: Memory
 
-    def rows(self, sequences: Sequence[PackedSequence], *, max_tokens: int) -> TeacherRows | None:
+    def rows(self, trees: Sequence[Tree], student_packing: Packing) -> TeacherRows | None:
         """Rows of the student's loss tokens, on the student's last stage. Every rank of the world calls it.
 
-        `sequences` are the whole batch, the same on all ranks.
+        `trees` are the whole batch, the same on all ranks, as is the way in which the student's ranks share it out.
         """
-        made = self._forward(sequences, max_tokens) if self.decoder is not None else None
+        packing = self._packing(student_packing.max_tokens)
+        made = self._forward(trees, packing) if self.decoder is not None else None
         spread, everyone = self.rows_in == "host", dist.group.WORLD
         assert everyone is not None
         rows = redistribute(
             made,
-            sequences,
+            trees,
             teacher=self.groups.grid,
             student=self.student_groups.grid,
+            teacher_packing=packing,
+            student_packing=student_packing,
             hidden_size=self.spec.hidden_size,
             dtype=self.options.dtype,
             spread=spread,
@@ -70,19 +75,23 @@ class FrozenTeacher:
         )
         return rows.in_host_memory(self.student_groups.tp) if rows is not None and spread else rows
 
-    @torch.no_grad()
-    def _forward(self, sequences: Sequence[PackedSequence], max_tokens: int) -> TeacherRows | None:
-        """Rows of this rank's share of the sequences, on every tensor-parallel rank of the teacher's last stage."""
-        assert self.decoder is not None
-        grid, options, parts = self.groups.grid, self.options, []
-        batches = micro_batches(
-            sequences,
-            rank=grid.coordinate("dp"),
-            size=grid.dp,
-            max_tokens=max_tokens,
+    def _packing(self, max_tokens: int) -> Packing:
+        grid, options = self.groups.grid, self.options
+        return Packing(
+            max_tokens,
+            dp=grid.dp,
+            cp=grid.cp,
             multiple_of=padding_unit(tp=grid.tp, sequence_parallel=options.sequence_parallel, fp8=options.fp8),
             rounds_of=grid.pp if options.vpp > 1 else 1,
+            cost=forward_cost(self.spec),
         )
+
+    @torch.no_grad()
+    def _forward(self, trees: Sequence[Tree], packing: Packing) -> TeacherRows | None:
+        """Rows of this rank's share of the trees, on every tensor-parallel rank of the teacher's last stage."""
+        assert self.decoder is not None
+        grid, options, parts = self.groups.grid, self.options, []
+        batches = packing.micro_batches(trees, rank=grid.coordinate("dp"), cp_rank=grid.coordinate("cp"))
 
         def keep(hidden: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, None]:
             where = hidden.device

@@ -1,8 +1,8 @@
 """Teacher rows from where its last stage made them to where the student's last stage needs them.
 
-Both models share out the same sequences, each over its own data-parallel ranks. So every rank can say, without asking,
-which rows any rank has and wants, and one all-to-all with known sizes moves them. It runs between the teacher's forward
-and the student's schedule, never inside either.
+Both models share out the same trees, each over its own data- and context-parallel ranks. So every rank can say,
+without asking, which rows any rank has and wants, and one all-to-all with known sizes moves them. It runs between the
+teacher's forward and the student's schedule, never inside either.
 
 All tensor-parallel ranks of a stage have the same rows; the student's rank u takes from the teacher's rank u mod tp.
 
@@ -11,13 +11,14 @@ Legend: M rows that this rank holds, H the teacher's hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_dgrpo.packing.pack import PackedSequence, share
+from megatron_dgrpo.packing.pack import Packing
+from megatron_dgrpo.packing.trees import Tree
 from megatron_dgrpo.parallel import platform
 from megatron_dgrpo.parallel.groups import Grid
 from megatron_dgrpo.teacher.rows import TeacherRows
@@ -25,21 +26,23 @@ from megatron_dgrpo.teacher.rows import TeacherRows
 
 def redistribute(
     rows: TeacherRows | None,
-    sequences: Sequence[PackedSequence],
+    trees: Sequence[Tree],
     *,
     teacher: Grid,
     student: Grid,
+    teacher_packing: Packing,
+    student_packing: Packing,
     hidden_size: int,
     dtype: torch.dtype,
     spread: bool,
     group: dist.ProcessGroup,
 ) -> TeacherRows | None:
-    """The rows of this rank's share of the student's sequences, on the student's last stage; elsewhere None.
+    """The rows of this rank's share of the student's trees, on the student's last stage; elsewhere None.
 
     Every rank of `group`, which has all ranks of both models under their numbers in the world, calls it, with `rows` on
     the teacher's last stage. With `spread`, a tensor-parallel rank of the student gets its part of the rows alone.
     """
-    plan = _Plan(sequences, teacher, student, spread)
+    plan = _Plan(teacher, student, teacher_packing.rows(trees), student_packing.rows(trees), spread)
     me, ranks, where = dist.get_rank(), range(dist.get_world_size(group)), platform.device()
     outgoing = [plan.streams(me, receiver) for receiver in ranks]
     incoming = [plan.streams(sender, me) for sender in ranks]
@@ -53,11 +56,15 @@ def redistribute(
     return TeacherRows.collect([(stream_M, hidden_MH)]) if plan.is_target(me) else None
 
 
+Rows = Mapping[tuple[int, int], np.ndarray]
+
+
 class _Plan:
-    def __init__(self, sequences: Sequence[PackedSequence], teacher: Grid, student: Grid, spread: bool) -> None:
+    """`made` and `needed` are stream indices by (data-parallel, context-parallel) rank."""
+
+    def __init__(self, teacher: Grid, student: Grid, made: Rows, needed: Rows, spread: bool) -> None:
         self.teacher, self.student, self.spread = teacher, student, spread
-        self.made = [_streams(share(sequences, rank, teacher.dp)) for rank in range(teacher.dp)]
-        self.needed = [_streams(share(sequences, rank, student.dp)) for rank in range(student.dp)]
+        self.made, self.needed = made, {place: np.sort(streams) for place, streams in needed.items()}
 
     def is_source(self, rank: int) -> bool:
         return self.teacher.at(rank).member and self.teacher.at(rank).last_stage
@@ -73,12 +80,8 @@ class _Plan:
         source, target = self.teacher.at(sender), self.student.at(receiver)
         if source.coordinate("tp") != target.coordinate("tp") % source.tp:
             return nothing
-        needed = self.needed[target.coordinate("dp")]
+        needed = self.needed[target.coordinate("dp"), target.coordinate("cp")]
         if self.spread:
             needed = needed[target.coordinate("tp") :: target.tp]
-        return np.intersect1d(self.made[source.coordinate("dp")], needed, assume_unique=True)
-
-
-def _streams(sequences: Sequence[PackedSequence]) -> np.ndarray:
-    parts = [s.first_stream + np.arange(len(s.targets_K)) for s in sequences]
-    return np.concatenate([np.zeros(0, np.int64), *parts])
+        made = self.made[source.coordinate("dp"), source.coordinate("cp")]
+        return np.intersect1d(made, needed, assume_unique=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from megatron_dgrpo.config.schema import DGRPO, SFT
 from megatron_dgrpo.observe.timers import Phases
-from megatron_dgrpo.packing.pack import from_trajectories
+from megatron_dgrpo.packing.trajectory import by_prompts
+from megatron_dgrpo.packing.trees import trees
 from megatron_dgrpo.train.collect import collect
-from megatron_dgrpo.train.dgrpo import by_prompts
 from megatron_dgrpo.train.evaluation import evaluate
 from megatron_dgrpo.train.run import Run
 
@@ -27,6 +27,10 @@ def assist(run: Run, stage: SFT | DGRPO, number: int) -> None:
                 step=step,
                 phases=Phases(),
             )
-            for members in by_prompts(trajectories, stage) if stage.objective.beta else ():
-                run.load_teacher().rows(from_trajectories(members), max_tokens=stage.micro_batch_tokens)
+            trajectories = run.fitting(trajectories, stage, {})
+            shares = by_prompts(trajectories, stage.updates_per_batch) if stage.objective.uses_teacher else []
+            if step == 1 and stage.preflight:
+                shares += shares[:1]  # which the preflight has scored again
+            for members in shares:
+                run.load_teacher().rows(trees(members), run.packing(stage.micro_batch_tokens))
         evaluate(run, number, step)

@@ -1,16 +1,29 @@
-"""What rank 0 finds out about data and tokenizers before a model is loaded: what is wrong ends the run at its start."""
+"""What is found out about data and tokenizers before any rank or engine starts, in a process of its own."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from megatron_dgrpo.checkpoint.hf.families import read_spec
+from megatron_dgrpo.config.loader import load
 from megatron_dgrpo.config.schema import DGRPO, SFT, Config
+from megatron_dgrpo.config.stages import micro_batch_room
 from megatron_dgrpo.data.compatibility import check_fits, check_same
 from megatron_dgrpo.data.dataset import read_rows
 from megatron_dgrpo.data.lengths import check_lengths
 from megatron_dgrpo.data.tokenizer import Tokenizer
 from megatron_dgrpo.errors import ConfigError, DGRPOError, listing
+
+
+def main(*, config_path: str, answer_path: str) -> None:
+    """Target of the supervisor: leaves the problems, or nothing, in a file."""
+    try:
+        check_data(load(config_path))
+        problems = ""
+    except ConfigError as error:
+        problems = str(error)
+    Path(answer_path).write_text(problems, encoding="utf-8")
 
 
 def check_data(config: Config) -> None:
@@ -43,7 +56,9 @@ def _check_stage(config: Config, number: int, tokenizer: Tokenizer) -> None:
     stage = config.stages[number]
     match stage:
         case SFT():
-            limit, setting, response = stage.micro_batch_tokens, f"stages.{number}.micro_batch_tokens", None
+            if stage.on_overlong == "drop":
+                return
+            limit, setting, response = micro_batch_room(config, number), f"stages.{number}.micro_batch_tokens", None
         case DGRPO():
             limit, setting = config.engines[stage.engine].max_model_len, f"engines.{stage.engine}.max_model_len"
             response = stage.sampling.max_tokens

@@ -16,6 +16,9 @@ from megatron_dgrpo.rewards.compose import Rewards
 from megatron_dgrpo.rollout.messages import Completion, GenerateRequest, sample_seed
 from megatron_dgrpo.train.run import Run
 
+_SCORING_S = 600.0
+"""What the other ranks allow rank 0 for everything but starting and generating."""
+
 
 def collect(
     run: Run,
@@ -30,16 +33,16 @@ def collect(
     phases: Phases,
 ) -> list[Trajectory]:
     """`num_samples` scored trajectories of each row, row by row."""
-    deadline = run.config.engines[engine].request_timeout_s
+    settings = run.config.engines[engine]
     mine = None
-    if run.rank == 0:
+    if run.engines is not None:
         requests = [_request(run, row, sampling, num_samples, seed, step) for row in rows]
         with phases("generate"):
-            completions = list(run.clients[engine].generate(requests, deadline_s=deadline))
+            completions = list(run.engines.client(engine).generate(requests, deadline_s=settings.request_timeout_s))
         with phases("score"):
             mine = _score(run, rows, requests, completions, rewards, num_samples)
     with phases("generate"):
-        return run.share_trajectories(mine, deadline)
+        return run.share_trajectories(mine, settings.start_timeout_s + settings.request_timeout_s + _SCORING_S)
 
 
 def _request(run: Run, row: PromptRow, sampling: Sampling, num_samples: int, seed: int, step: int) -> GenerateRequest:

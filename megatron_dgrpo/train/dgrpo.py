@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
-from megatron_dgrpo.algorithms.build import dgrpo_loss, dgrpo_streams
+from megatron_dgrpo.algorithms.build import dgrpo_loss, dgrpo_streams, head_options
+from megatron_dgrpo.algorithms.factors import Factors
 from megatron_dgrpo.config.schema import DGRPO
 from megatron_dgrpo.data.dataset import PromptSource
+from megatron_dgrpo.observe.silence import SilentSteps
 from megatron_dgrpo.observe.timers import Phases
-from megatron_dgrpo.packing.pack import from_trajectories
-from megatron_dgrpo.packing.trajectory import Trajectory
+from megatron_dgrpo.packing.trajectory import Trajectory, by_prompts
+from megatron_dgrpo.packing.trees import trees
 from megatron_dgrpo.train.collect import collect, totals
 from megatron_dgrpo.train.evaluation import evaluate
+from megatron_dgrpo.train.preflight import check_update
 from megatron_dgrpo.train.run import Run
 from megatron_dgrpo.train.update import Work, compute_gradients, old_logprobs
 
@@ -22,6 +26,8 @@ from megatron_dgrpo.train.update import Work, compute_gradients, old_logprobs
 def run_dgrpo(run: Run, stage: DGRPO, number: int) -> None:
     student = run.trained
     prompts = PromptSource(stage.data, seed=run.config.seed + number)
+    factors = Factors(stage.objective, dgrpo_loss(stage.objective)[0])
+    silent = SilentSteps()
     student.start_optimizer(stage.optimizer)
     evaluate(run, number, 0)
     for step in range(1, stage.steps + 1):
@@ -41,44 +47,72 @@ def run_dgrpo(run: Run, stage: DGRPO, number: int) -> None:
         )
         facts = _facts(trajectories, totals(trajectories, stage.rewards))
         with phases("pack"):
-            shares = by_prompts(trajectories, stage)
-            work = [_work(run, stage, members, facts) for members in shares]
+            trajectories = run.fitting(trajectories, stage, facts)
+            shares = by_prompts(trajectories, stage.updates_per_batch)
+            work = [_work(run, stage, members, facts, factors.at(step - 1), step) for members in shares]
         with phases("teach"):
             work = [_teach(run, stage, item, members) for item, members in zip(work, shares, strict=True)]
+        if step == 1 and stage.preflight and stage.objective.uses_teacher:
+            with phases("preflight"):
+                facts |= _preflight(run, stage, work[0], factors.at(0), shares[0])
         with phases("train"):
+            seen: list[dict[str, float]] = []
             if len(work) > 1:  # the later updates need the log-probs that the batch began with
                 work = [replace(item, streams=old_logprobs(student, item)) for item in work]
             for update, item in enumerate(work, 1):
                 metrics = compute_gradients(student, item) | student.update()
+                seen.append(metrics)
                 run.version += 1
                 last = update == len(work)
                 run.report(number, step, facts | metrics, update=update, phases=phases if last else None)
+        if words := silent.observe(facts, factors.at(step - 1)):
+            run.note(words)
+        factors.observe({name: float(np.mean([m[name] for m in seen if name in m])) for name in seen[-1]})
         evaluate(run, number, step)
 
 
-def by_prompts(trajectories: Sequence[Trajectory], stage: DGRPO) -> list[list[Trajectory]]:
-    """The trajectories of each update: whole groups, in equal numbers."""
-    size = len(trajectories) // stage.updates_per_batch
-    return [list(trajectories[start : start + size]) for start in range(0, len(trajectories), size)]
-
-
-def _work(run: Run, stage: DGRPO, trajectories: Sequence[Trajectory], facts: dict[str, float]) -> Work:
+def _work(
+    run: Run,
+    stage: DGRPO,
+    trajectories: Sequence[Trajectory],
+    facts: dict[str, float],
+    factors: dict[str, float],
+    step: int,
+) -> Work:
     """This rank's micro-batches of one update, and the streams of all of it."""
     batch = dgrpo_streams(trajectories, totals(trajectories, stage.rewards), stage.objective)
     for name, value in batch.facts.items():
         facts[name] = facts.get(name, 0.0) + value
-    layouts = run.micro_batches(from_trajectories(trajectories), stage.micro_batch_tokens)
-    loss, factors = dgrpo_loss(stage.objective)
-    return Work(layouts, batch.streams, loss, factors, stage.sampling.temperature)
+    layouts = run.micro_batches(trees(trajectories), stage.micro_batch_tokens)
+    loss, _ = dgrpo_loss(stage.objective)
+    return Work(
+        layouts,
+        batch.streams,
+        loss,
+        factors,
+        stage.sampling.temperature,
+        head_options=head_options(stage.objective),
+        balance=stage.diagnostics_every > 0 and (step - 1) % stage.diagnostics_every == 0,
+    )
 
 
 def _teach(run: Run, stage: DGRPO, work: Work, trajectories: Sequence[Trajectory]) -> Work:
     """With the teacher's rows, where the objective has a teacher."""
-    if stage.objective.beta == 0:
+    if not stage.objective.uses_teacher:
         return work
     teacher = run.load_teacher()
-    rows = teacher.rows(from_trajectories(trajectories), max_tokens=stage.micro_batch_tokens)
+    rows = teacher.rows(trees(trajectories), run.packing(stage.micro_batch_tokens))
     return replace(work, teacher_head=teacher.head, teacher_rows=rows)
+
+
+def _preflight(
+    run: Run, stage: DGRPO, work: Work, factors: dict[str, float], trajectories: Sequence[Trajectory]
+) -> dict[str, float]:
+    """The teacher has the student's weights where both come from one folder and nothing was trained yet."""
+    again = run.load_teacher().rows(trees(trajectories), run.packing(stage.micro_batch_tokens))
+    teacher = run.config.models[run.config.teachers[0].model]
+    same = run.version == 0 and Path(teacher.path).resolve() == Path(run.model.path).resolve()
+    return check_update(run.trained, work, again, factors, same_weights=same)
 
 
 def _facts(trajectories: Sequence[Trajectory], totals_B: np.ndarray) -> dict[str, float]:

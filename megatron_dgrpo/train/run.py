@@ -6,7 +6,7 @@ what it publishes in a store, with a deadline. Collectives only ever see tensors
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property
@@ -17,17 +17,21 @@ import torch.distributed as dist
 
 from megatron_dgrpo.checkpoint.hf.exporter import export_folder, export_shards, manifest
 from megatron_dgrpo.checkpoint.hf.families import read_spec
-from megatron_dgrpo.config.schema import Config, Model
+from megatron_dgrpo.config.schema import Config, Model, Stage
 from megatron_dgrpo.data.dataset import PromptRow, read_rows
 from megatron_dgrpo.data.tokenizer import Tokenizer
-from megatron_dgrpo.errors import RolloutError
+from megatron_dgrpo.errors import RolloutError, listing
+from megatron_dgrpo.model.flops import training_cost
 from megatron_dgrpo.model.layouts import padding_unit
 from megatron_dgrpo.model.megatron_config import BuildOptions
+from megatron_dgrpo.model.spec import ModelSpec
 from megatron_dgrpo.observe.records import Records
 from megatron_dgrpo.observe.timers import Phases
 from megatron_dgrpo.packing.layout import Layout
-from megatron_dgrpo.packing.pack import PackedSequence, micro_batches
+from megatron_dgrpo.packing.limits import Limits, keep_fitting
+from megatron_dgrpo.packing.pack import Packing
 from megatron_dgrpo.packing.trajectory import Trajectory
+from megatron_dgrpo.packing.trees import Tree
 from megatron_dgrpo.parallel.groups import Groups
 from megatron_dgrpo.rollout.client import EngineClient
 from megatron_dgrpo.rollout.codec import decode, encode
@@ -39,6 +43,20 @@ from megatron_dgrpo.train.student import Student, load_student
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
+class Engines:
+    """Rank 0's connections to the engine hosts, each made when it is first needed: hosts start while models load."""
+
+    def __init__(self, config: Config, addresses: Mapping[str, str], key: str) -> None:
+        self._config, self._addresses, self._key = config, addresses, key
+        self._clients: dict[str, EngineClient] = {}
+
+    def client(self, name: str) -> EngineClient:
+        if name not in self._clients:
+            deadline_s = self._config.engines[name].start_timeout_s
+            self._clients[name] = EngineClient.connect(self._addresses[name], self._key, deadline_s=deadline_s)
+        return self._clients[name]
+
+
 @dataclass
 class Run:
     config: Config
@@ -46,7 +64,7 @@ class Run:
     student: Student | None  # on ranks that are not the teacher's alone
     tokenizer: Tokenizer
     store: dist.Store
-    clients: dict[str, EngineClient]  # on rank 0; elsewhere empty
+    engines: Engines | None  # on rank 0
     records: Records | None  # on rank 0
     shm_prefix: str
     teacher_groups: Groups | None = None
@@ -75,17 +93,42 @@ class Run:
         assert self.student is not None
         return self.student
 
-    def micro_batches(self, sequences: Sequence[PackedSequence], max_tokens: int) -> list[Layout]:
-        """This rank's micro-batches of a batch that all ranks know."""
+    @cached_property
+    def spec(self) -> ModelSpec:
+        """The student's."""
+        return read_spec(self.model.path, self.model.rope)
+
+    def packing(self, max_tokens: int) -> Packing:
+        """How the student's ranks share out a batch; every rank of the world knows it."""
         grid, model = self.groups.grid, self.model
-        return micro_batches(
-            sequences,
-            rank=grid.coordinate("dp"),
-            size=grid.dp,
-            max_tokens=max_tokens,
+        return Packing(
+            max_tokens,
+            dp=grid.dp,
+            cp=grid.cp,
             multiple_of=padding_unit(tp=grid.tp, sequence_parallel=model.layout.sequence_parallel, fp8=model.fp8),
             rounds_of=grid.pp if model.layout.vpp > 1 else 1,
+            cost=training_cost(self.spec),
         )
+
+    def micro_batches(self, trees: Sequence[Tree], max_tokens: int) -> list[Layout]:
+        """This rank's micro-batches of a batch that all ranks know."""
+        place = self.groups.grid.coordinate
+        return self.packing(max_tokens).micro_batches(trees, rank=place("dp"), cp_rank=place("cp"))
+
+    def fitting(self, trajectories: Sequence[Trajectory], stage: Stage, facts: dict[str, float]) -> list[Trajectory]:
+        """Without those that are too long, where the stage drops them; `facts` says how many there were."""
+        limits = Limits(
+            room=self.packing(stage.micro_batch_tokens).room,
+            room_setting=f"micro_batch_tokens={stage.micro_batch_tokens}",
+            max_positions=self.spec.max_positions,
+            vocab_size=self.spec.vocab_size,
+        )
+        found = keep_fitting(trajectories, limits, stage.on_overlong)
+        if stage.on_overlong == "drop":
+            facts["dropped"] = float(len(found.dropped))
+        if found.dropped:
+            self.note(listing(f"{len(found.dropped)} sequences are too long and were dropped:", found.dropped))
+        return found.trajectories
 
     def load_teacher(self) -> FrozenTeacher:
         """The teacher, loaded when the first stage asks for it, on every rank of the world."""
@@ -118,10 +161,10 @@ class Run:
             store=dist.PrefixStore(f"weights/{engine}", self.store),
             rank=self.rank,
             num_ranks=self.groups.grid.size,
-            clients=(self.clients[engine],) if self.rank == 0 else (),
+            clients=(self.engines.client(engine),) if self.engines else (),
             bucket_bytes=settings.bucket_bytes,
             shm_prefix=self.shm_prefix,
-            deadline_s=settings.request_timeout_s,
+            deadline_s=settings.start_timeout_s + settings.request_timeout_s,
         )
         self.versions[engine] = self.version
 

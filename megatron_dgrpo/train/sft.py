@@ -7,7 +7,7 @@ from megatron_dgrpo.config.schema import SFT
 from megatron_dgrpo.data.dataset import PromptSource
 from megatron_dgrpo.data.supervised import example
 from megatron_dgrpo.observe.timers import Phases
-from megatron_dgrpo.packing.pack import from_trajectories
+from megatron_dgrpo.packing.trees import documents
 from megatron_dgrpo.train.evaluation import evaluate
 from megatron_dgrpo.train.run import Run
 from megatron_dgrpo.train.update import Work, compute_gradients
@@ -23,12 +23,14 @@ def run_sft(run: Run, stage: SFT, number: int) -> None:
         phases = Phases()
         with phases("pack"):
             examples = [example(row, run.tokenizer) for row in rows.take(step - 1, stage.batch_size)]
+            facts: dict[str, float] = {}
+            examples = run.fitting(examples, stage, facts)
             batch = sft_streams(examples)
-            layouts = run.micro_batches(from_trajectories(examples), stage.micro_batch_tokens)
+            layouts = run.micro_batches(documents(examples), stage.micro_batch_tokens)
         with phases("train"):
             work = Work(layouts, batch.streams, loss, factors, temperature=1.0)
             metrics = compute_gradients(student, work) | student.update()
             run.version += 1
         tokens = float(sum(len(e.prompt_tokens) + e.num_loss_tokens for e in examples))
-        run.report(number, step, batch.facts | {"tokens": tokens} | metrics, phases=phases)
+        run.report(number, step, facts | batch.facts | {"tokens": tokens} | metrics, phases=phases)
         evaluate(run, number, step)

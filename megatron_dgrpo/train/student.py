@@ -83,7 +83,8 @@ class Student:
         norm = float(self.optimizer.get_grad_norm())
         if not math.isfinite(norm):
             raise NonFiniteError(
-                f"the gradient's norm is {norm} at update {self._updates + 1} of this stage; no weight was changed. "
+                f"the gradient's norm is {norm} at update {self._updates + 1} of this stage (learning rate "
+                f"{self._settings.lr * warm:g}); no weight was changed. "
                 "Lower the learning rate, or look for the sample in the rollouts of this step"
             )
         self.optimizer.step()

@@ -16,11 +16,9 @@ from megatron_dgrpo.launch.rendezvous import join_world
 from megatron_dgrpo.observe.records import Records
 from megatron_dgrpo.parallel import platform
 from megatron_dgrpo.parallel.groups import Groups
-from megatron_dgrpo.rollout.client import EngineClient
 from megatron_dgrpo.train.assist import assist
-from megatron_dgrpo.train.checks import check_data
 from megatron_dgrpo.train.dgrpo import run_dgrpo
-from megatron_dgrpo.train.run import Run, load_run_student
+from megatron_dgrpo.train.run import Engines, Run, load_run_student
 from megatron_dgrpo.train.sft import run_sft
 
 
@@ -31,8 +29,6 @@ def main(*, config_path: str, engines: Mapping[str, str], key: str, shm_prefix: 
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     store = join_world(backend=platform.backend(), timeout_s=config.collective_timeout_s)
-    if dist.get_rank() == 0:
-        check_data(config)
     run = _build(config, store, engines, key, shm_prefix)
     for number, stage in enumerate(config.stages):
         match stage:
@@ -46,9 +42,7 @@ def main(*, config_path: str, engines: Mapping[str, str], key: str, shm_prefix: 
     if run.student is not None:
         run.export(target)
     run.note(f"exported to {target}")
-    for client in run.clients.values():
-        client.close()
-    dist.barrier()
+    dist.barrier()  # the engines end with this process, and no rank may still need them
     dist.destroy_process_group()
 
 
@@ -63,17 +57,13 @@ def _build(config: Config, store: dist.Store, engines: Mapping[str, str], key: s
     torch.manual_seed(config.seed)
     first = dist.get_rank() == 0
     student = load_run_student(config, groups) if groups.member else None
-    clients = {}
-    if first:
-        for name, address in engines.items():
-            clients[name] = EngineClient.connect(address, key, deadline_s=config.engines[name].start_timeout_s)
     return Run(
         config=config,
         groups=groups,
         student=student,
         tokenizer=Tokenizer.load(model.path),
         store=store,
-        clients=clients,
+        engines=Engines(config, engines, key) if first else None,
         records=Records(Path(config.run_dir)) if first else None,
         shm_prefix=shm_prefix,
         teacher_groups=teacher_groups,
@@ -83,6 +73,7 @@ def _build(config: Config, store: dist.Store, engines: Mapping[str, str], key: s
 def _groups(layout: Layout, config: Config, first_rank: int = 0) -> Groups:
     return Groups(
         tp=layout.tp,
+        cp=layout.cp,
         dp=layout.dp,
         pp=layout.pp,
         ep=layout.ep,

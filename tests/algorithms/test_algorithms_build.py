@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from megatron_dgrpo.algorithms.build import dgrpo_loss, dgrpo_streams, sft_loss, sft_streams
-from megatron_dgrpo.config.schema import Advantages, Objective
+from megatron_dgrpo.config.objective import Advantages, Objective
 from megatron_dgrpo.errors import ObjectiveError
 from megatron_dgrpo.packing.trajectory import Segment, Trajectory
 
@@ -67,6 +67,15 @@ def test_bad_logprobs_are_all_listed():
         dgrpo_streams(bad, [0, 0, 0], OBJECTIVE)
     assert "prompt 'a', sample 0: not finite at [1]" in str(raised.value)
     assert "prompt 'a', sample 1: 1 for 4 tokens" in str(raised.value)
+
+
+def test_an_engine_without_finite_logits_is_named_in_short():
+    bad = [trajectory("a", i, [1], segment([5], True, [np.nan])) for i in range(55)]
+    with pytest.raises(ObjectiveError) as raised:
+        dgrpo_streams(bad, [0] * 55, OBJECTIVE)
+    lines = str(raised.value).splitlines()
+    assert len(lines) == 11 and lines[8].startswith("  - prompt 'a', sample 7: not finite")
+    assert lines[9] == "  - and 47 more" and lines[10].startswith("The engine's logits are not finite: check")
 
 
 def test_rewards_and_samples_are_named_in_errors():

@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_dgrpo.algorithms.divergences import ESTIMATORS
 from megatron_dgrpo.algorithms.estimators import K2ReverseKL, K3ForwardKL, SampledReverseKL, teacher_divergence
 from megatron_dgrpo.algorithms.losses import Loss, attach
 from megatron_dgrpo.algorithms.metrics import values
 from megatron_dgrpo.algorithms.streams import Streams
+from megatron_dgrpo.config.divergences import ESTIMATORS
 from megatron_dgrpo.errors import ObjectiveError
 from megatron_dgrpo.testing.dense import DenseStatistics
 

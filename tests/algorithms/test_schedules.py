@@ -1,4 +1,6 @@
 import math
+import subprocess
+import sys
 
 import pytest
 
@@ -60,3 +62,9 @@ def test_all_impossible_settings_are_listed():
     with pytest.raises(ConfigError) as raised:
         AdaptiveKL(initial=1e9, target=0.0, rate=20.0)
     assert all(word in str(raised.value) for word in ("target", "initial", "rate"))
+
+
+def test_what_plans_a_run_needs_no_torch():
+    modules = ("schedules", "advantages", "aggregation", "routing")
+    code = "; ".join(f"import megatron_dgrpo.algorithms.{module}" for module in modules)
+    subprocess.run([sys.executable, "-c", f"{code}; import sys; assert 'torch' not in sys.modules"], check=True)

@@ -35,7 +35,7 @@ def export(rank: int, world: int, source: str, target: str, trouble: dict[str, A
     from megatron_dgrpo.model.megatron_config import BuildOptions
     from megatron_dgrpo.parallel.groups import Groups
 
-    decoder = build_decoder(read_spec(source), groups=Groups(tp=world, dp=1), options=BuildOptions(torch.float32))
+    decoder = build_decoder(read_spec(source), groups=Groups(tp=world, dp=1), options=BuildOptions(dtype=torch.float32))
     import_weights(decoder, source)
     mine = trouble if trouble.get("rank") == rank else {}
     blocks: list[int] = []

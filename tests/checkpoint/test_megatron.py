@@ -33,7 +33,9 @@ def decoder_of(spec: Any, world: int, tp: int, dtype: str) -> Any:
     from megatron_dgrpo.model.megatron_config import BuildOptions
     from megatron_dgrpo.parallel.groups import Groups
 
-    decoder = build_decoder(spec, groups=Groups(tp=tp, dp=world // tp), options=BuildOptions(getattr(torch, dtype)))
+    decoder = build_decoder(
+        spec, groups=Groups(tp=tp, dp=world // tp), options=BuildOptions(dtype=getattr(torch, dtype))
+    )
     for parameter in decoder.parameters():
         parameter.data.fill_(float("nan"))
     return decoder

@@ -94,7 +94,7 @@ def test_layouts() -> None:
         "models.large.layout.vpp: 2 parts of a pipeline stage, and there is no pipeline; set models.large.layout.pp=2"
     )
     assert only(("models.large.layout", {"tp": 2, "ep": 4})).startswith(
-        "models.large.layout.ep: etp x ep = 4 does not divide tp x dp = 2, the ranks of a stage"
+        "models.large.layout.ep: etp x ep = 4 does not divide tp x cp x dp = 2, the ranks of a stage"
     )
     assert only(("models.small.fp8", "blockwise")).endswith("set models.small.dtype=bfloat16")
     assert only(("models.large.fp8", "blockwise"), ("models.large.layers", "local")).endswith(
@@ -134,6 +134,20 @@ def test_a_stage_that_learns_nothing() -> None:
     assert len(found) == 1 and "nothing is learnt" in found[0]
 
 
+def test_objectives_that_cannot_be_trained_on() -> None:
+    key = "stages.1.objective"
+    assert only((f"{key}.estimator", "k3")).startswith(f"{key}.estimator: k3 as a loss has the gradient of the forward")
+    assert problems(spoilt((f"{key}.estimator", "k3"), (f"{key}.divergence", "forward_kl"))) == []
+    assert "jsd has no estimator 'k2': it has exact" in only((f"{key}.estimator", "k2"), (f"{key}.divergence", "jsd"))
+    fast = {"kind": "adaptive", "initial": 1e3, "target": 0.1, "rate": 10}
+    found = problems(spoilt((f"{key}.beta", fast)))
+    assert [problem.split(":")[0] for problem in found] == [f"{key}.beta.initial", f"{key}.beta.rate"]
+    assert only((f"{key}.advantages", {"kind": "mean", "std": "sample"})).endswith("not to mean; remove them")
+    never = {"kind": "linear", "start": 0.0, "end": 0.0, "steps": 3}
+    assert "teachers: listed" in only((f"{key}.beta", never))
+    assert problems(spoilt((f"{key}.beta", never | {"end": 0.1}))) == []
+
+
 def test_batches_must_divide() -> None:
     assert only(("stages.1.updates_per_batch", 3)).endswith(
         "set stages.1.updates_per_batch=2 or stages.1.prompts_per_step=9"
@@ -153,6 +167,32 @@ def test_lengths_must_fit() -> None:
     assert "stages.1.micro_batch_tokens=512 or more" in only(("stages.1.micro_batch_tokens", 511))
     assert problems(spoilt(("stages.1.micro_batch_tokens", 512), ("stages.0.micro_batch_tokens", 2))) == []
     assert only(("stages.0.micro_batch_tokens", 1)).startswith("stages.0.micro_batch_tokens: ")
+
+
+def test_room_is_what_padding_leaves() -> None:
+    """The student's unit is 2 (its layout cuts the sequence in 2), and FP8 blocks of 128 make it 256."""
+    assert problems(spoilt(("engines.main.max_model_len", 510), ("stages.1.micro_batch_tokens", 511))) == []
+    problem = only(("engines.main.max_model_len", 511), ("stages.1.micro_batch_tokens", 511))
+    assert problem == (
+        "stages.1.micro_batch_tokens: 511 (padded micro-batches are multiples of 2, so that 510 are of use) "
+        "cannot hold "
+        "the longest sequence that the engine may return; set stages.1.micro_batch_tokens=512 or more, or "
+        "engines.main.max_model_len=510 or less, or stages.1.on_overlong=drop"
+    )
+    fp8 = [("models.small.fp8", "blockwise"), ("models.small.dtype", "bfloat16"), ("engines.main.max_model_len", 600)]
+    assert "stages.1.micro_batch_tokens=768 or more" in only(*fp8, ("stages.1.micro_batch_tokens", 700))
+    assert "200 (padded" in only(*fp8, ("stages.0.micro_batch_tokens", 200))  # no sequence fits at all
+    teacher = [("models.large.fp8", "mxfp8"), ("engines.main.max_model_len", 600), ("stages.1.micro_batch_tokens", 600)]
+    assert "stages.1.micro_batch_tokens=608 or more" in only(*teacher)  # it packs the same sequences
+    assert problems(spoilt(*teacher, ("stages.1.objective", {"beta": 0}), ("teachers", []))) == []
+
+
+def test_rewards_are_listed_once() -> None:
+    twice = [{"kind": "exact_match"}, {"kind": "exact_match", "weight": 0.5}]
+    assert only(("stages.1.rewards", twice)) == (
+        "stages.1.rewards: 'exact_match' is listed 2 times; list it once, with the sum of the weights"
+    )
+    assert only(("evaluation.rewards", twice)).startswith("evaluation.rewards: 'exact_match' is listed 2 times")
 
 
 def test_engines_do_not_compute_in_float64() -> None:
@@ -279,7 +319,10 @@ def test_data_that_is_no_file(folder: Path) -> None:
 
 
 def test_run_dir(folder: Path) -> None:
-    (folder / "runs" / "first").mkdir(parents=True)
+    (folder / "runs" / "first" / "logs").mkdir(parents=True)
+    (folder / "runs" / "first" / "logs" / "rank0.log").write_text("it failed")
+    (folder / "runs" / "first" / "config.yaml").write_text("")
+    assert file_problems(spoilt()) == []  # a run that failed before its first step may be tried again
     (folder / "runs" / "first" / "metrics.jsonl").write_text("{}")
     (problem,) = file_problems(spoilt())
     assert problem.startswith("run_dir: runs/first is not empty; name a new folder")

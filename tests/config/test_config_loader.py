@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_dgrpo.config.loader import dump, load
+from megatron_dgrpo.config.objective import Constant
 from megatron_dgrpo.config.schema import DGRPO, SFT
 from megatron_dgrpo.errors import ConfigError
 
@@ -176,6 +177,35 @@ def test_unknown_keys_name_the_nearest(good: Path) -> None:
         "stages.1.batch_size: unknown key; it belongs at stages.N.batch_size of kind sft"
     )
     assert only(good, "engines.main.max_model_length=1").endswith("did you mean 'max_model_len'?")
+
+
+def test_parts_that_come_in_kinds_may_be_named_alone(good: Path) -> None:
+    objective = "stages.1.objective"
+    overrides = (
+        f"{objective}.beta=0.25", f"{objective}.entropy={{kind: linear, start: 0.01, end: 0, steps: 5}}",
+        f"{objective}.divergence=jsd", f"{objective}.estimator={{kind: topk_teacher, k: 4}}",
+    )  # fmt: skip
+    config = load(good, overrides)
+    stage = config.stages[1]
+    assert isinstance(stage, DGRPO)
+    assert stage.objective.beta == Constant(value=0.25) and stage.objective.entropy.kind == "linear"
+    assert stage.objective.divergence.alpha == 0.5 and stage.objective.estimator_name == "topk_teacher_tail"
+    (good.parent / "again.yaml").write_text(dump(config))
+    assert load(good.parent / "again.yaml") == config
+
+
+def test_kinds_of_the_objective_that_do_not_exist_or_are_refused(good: Path) -> None:
+    wrong = lambda text: only(good, f"stages.1.objective.{text}")  # noqa: E731
+    assert wrong("beta=high") == (
+        "stages.1.objective.beta: 'high' should be a number, 0 or more, or a mapping with a kind (a schedule)"
+    )
+    assert "-1 should be a number, 0 or more" in wrong("beta=-1")
+    assert wrong("estimator=exat").endswith("kind 'exat' is unknown; did you mean 'exact'?")
+    assert "kind 'liner' is unknown; did you mean 'linear'" in wrong("beta={kind: liner, start: 0, end: 1, steps: 2}")
+    assert "k1 as a loss has expected gradient zero" in wrong("estimator=k1")
+    assert "k3 as an advantage" in wrong("estimator={kind: k3_advantage}")
+    assert "'adaptive' is unknown" in wrong("entropy={kind: adaptive, initial: 1, target: 1}")
+    assert wrong("estimator={kind: k2, k: 4}").endswith("estimator.k of kind topk_student or topk_teacher")
 
 
 def test_values_out_of_range_say_what_they_are_for(good: Path) -> None:

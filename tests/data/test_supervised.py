@@ -9,7 +9,8 @@ from megatron_dgrpo.data.dataset import PromptRow
 from megatron_dgrpo.data.supervised import example
 from megatron_dgrpo.data.tokenizer import Tokenizer
 from megatron_dgrpo.errors import DataError
-from megatron_dgrpo.packing.pack import from_trajectories, pack
+from megatron_dgrpo.packing.pack import Packing
+from megatron_dgrpo.packing.trees import documents
 from megatron_dgrpo.testing.tiny import save_tokenizer
 
 
@@ -19,7 +20,7 @@ def test_the_answer_and_its_end_are_trained(tmp_path: Path) -> None:
     assert made.prompt_id == "d:1" and made.num_loss_tokens == 3
     np.testing.assert_array_equal(made.prompt_tokens, [bos, 0, 1])
     np.testing.assert_array_equal(made.response_tokens, [2, 0, eos])
-    (layout,) = pack(from_trajectories([made]), max_tokens=16)
+    (layout,) = Packing(16).micro_batches(documents([made]))
     np.testing.assert_array_equal(layout.tokens_S, [bos, 0, 1, 2, 0, eos])
     np.testing.assert_array_equal(layout.row_target_R, [2, 0, eos])
     np.testing.assert_array_equal(layout.row_hidden_R, [2, 3, 4])

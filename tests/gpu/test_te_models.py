@@ -34,7 +34,8 @@ def _hidden_and_gradients(rank: int, world: int, folder: str, layers: str, fp8: 
     from megatron_dgrpo.model.layouts import padding_unit
     from megatron_dgrpo.model.megatron_config import BuildOptions
     from megatron_dgrpo.model.schedule import run_schedule
-    from megatron_dgrpo.packing.pack import pack, sequence
+    from megatron_dgrpo.packing.pack import Packing
+    from megatron_dgrpo.packing.trees import sequence
     from megatron_dgrpo.parallel.groups import Groups
     from megatron_dgrpo.train.student import load_student
 
@@ -43,11 +44,8 @@ def _hidden_and_gradients(rank: int, world: int, folder: str, layers: str, fp8: 
     student = load_student(folder, groups=groups, options=BuildOptions(torch.bfloat16, layers=layers, fp8=fp8))
     student.zero_grad()
     tokens = np.random.default_rng(0).integers(0, 500, 250)
-    batches = pack(
-        [sequence("0", tokens, np.arange(250) > 0, 0)],
-        max_tokens=1024,
-        multiple_of=max(padding, padding_unit(tp=1, fp8=fp8)),
-    )
+    packing = Packing(1024, multiple_of=max(padding, padding_unit(tp=1, fp8=fp8)))
+    batches = packing.micro_batches([sequence("0", tokens, np.arange(250) > 0, 0)])
     found = []
 
     def finish(hidden, batch):

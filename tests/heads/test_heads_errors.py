@@ -44,6 +44,8 @@ def test_names_and_teacher() -> None:
         call(teacher_head=HeadShard(torch.ones(10, 8), 0, 10))
     with pytest.raises(ObjectiveError, match="student's boundaries"):
         call(teacher_hidden_TH=torch.ones(4, 8), teacher_head=HeadShard(torch.ones(10, 8), 2, 10))
+    with pytest.raises(ObjectiveError, match="11 ids where the student's has 10.*beyond_VH"):
+        call(teacher_hidden_TH=torch.ones(4, 8), teacher_head=HeadShard(torch.ones(11, 8), 0, 11))
     with pytest.raises(ObjectiveError, match="alpha is 1.0"):
         call(teacher=torch.ones(4, 8), want=["jsd"], jsd_alpha=1.0)
     with pytest.raises(ObjectiveError, match="topk is 0"):

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from heads_reference import BASIC, DIFFERENTIABLE, dense, student_shard, teacher_shard
 
-from megatron_dgrpo.heads import gather_rows, row_statistics, row_statistics_with_gradients
+from megatron_dgrpo.heads import HeadShard, gather_rows, row_statistics, row_statistics_with_gradients
 from megatron_dgrpo.heads.statistics import evaluate, make_call, make_pair
 from megatron_dgrpo.heads.sweep import Plan, Sweep
 from megatron_dgrpo.testing import run_distributed
@@ -144,6 +144,17 @@ def test_number_of_collectives() -> None:
                 assert backward == []
     for _, forward, backward in run_distributed(one_rank, 2, (0, 101, 95, 51), "recompute", BASIC, True):
         assert forward == backward == []
+
+
+def test_ranks_choose_the_same_chunks() -> None:
+    """A shard that is all padding would have room for more rows, and would then miss collectives."""
+    hidden_TH, teacher_TH = torch.zeros(9000, 4), torch.zeros(9000, 6)
+    plans = set()
+    for num_valid in (20_000, 13_000, 0):
+        student = HeadShard(torch.zeros(20_000, 4), 0, num_valid)
+        teacher = HeadShard(torch.zeros(num_valid, 6), 0, num_valid)
+        plans.add(Plan.keep(make_pair(hidden_TH, student, teacher_TH, teacher), None, None).chunk_rows)
+    assert len(plans) == 1 and plans.pop() < 9000
 
 
 def unreduced(rank: int, ranks: int):

@@ -222,7 +222,7 @@ def test_the_graph_is_freed_with_the_loss() -> None:
     out = row_statistics(
         hidden * 1, HeadShard(weight_VH, 0, 97), targets_T, temperature=1.0, group=None, want=["entropy"]
     )
-    alive = weakref.ref(out.logprob_T)
+    alive = weakref.ref(out.entropy_T)
     gc.disable()
     try:
         (out.logprob_T.sum() + out.entropy_T.sum()).backward()

@@ -94,14 +94,21 @@ def test_a_micro_batch_without_rows_keeps_the_reduction_going() -> None:
             assert not own_embedding.any() and not own_output.any()
 
 
-def test_main_grad_of_another_type_is_added_to_once() -> None:
+@pytest.mark.parametrize("mode", ["recompute", "in forward"])
+def test_main_grad_of_another_type_is_added_to_once(mode: str) -> None:
     """bfloat16 buffers: chunks are summed in float32 and rounded once, not chunk by chunk."""
     hidden = torch.ones(512, 4, dtype=torch.bfloat16, requires_grad=True)
     weight = torch.nn.Parameter(torch.zeros(2, 4, dtype=torch.bfloat16))
     weight.main_grad = torch.zeros(2, 4, dtype=torch.bfloat16)
     targets = torch.zeros(512, dtype=torch.int64)
-    out = row_statistics(hidden, HeadShard(weight, 0, 2), targets, temperature=1.0, group=None, want=[], chunk_rows=1)
-    out.logprob_T.sum().backward()
+    kwargs = dict(temperature=1.0, group=None, want=[], chunk_rows=1)
+    if mode == "recompute":
+        row_statistics(hidden, HeadShard(weight, 0, 2), targets, **kwargs).logprob_T.sum().backward()
+    else:
+        ones = lambda part, at: {"logprob": torch.ones_like(part.logprob_T)}  # noqa: E731
+        row_statistics_with_gradients(hidden, HeadShard(weight, 0, 2), targets, coefficients=ones, **kwargs)[
+            1
+        ].backward()
     assert weight.main_grad[0].tolist() == [256.0] * 4 and weight.grad is None
 
 

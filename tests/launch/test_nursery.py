@@ -321,3 +321,20 @@ def test_last_lines_are_the_last_without_noise(tmp_path):
     assert last_lines(log) == ""
     log.write_text("".join(f"{i}\n[Gloo] Rank {i} is connected\n" for i in range(50)) + "unfinished")
     assert last_lines(log, 3) == "48\n49\nunfinished"
+
+
+def test_an_engines_last_words_are_not_the_warnings_of_every_start(tmp_path):
+    noise = [
+        "(MainProcess pid=1) WARNING 11-21 10:56:12 [cpu_worker.py:114] libiomp is not found in LD_PRELOAD. For best",
+        "(MainProcess pid=1) WARNING 11-21 10:56:11 [vllm.py:1703] Enforce eager set, disabling torch.compile, ...",
+        "Loading safetensors checkpoint shards:   0% Completed | 0/1 [00:00<?, ?it/s]\rLoading safetensors checkpoint"
+        " shards: 100% Completed | 1/1 [00:00<00:00, 154.61it/s]",
+        "",
+        "(MainProcess pid=1) WARNING 11-21 10:56:12 [base.py:413] Using None for EOS token id because tokenizer is not",
+    ]
+    other = "(MainProcess pid=1) WARNING 11-21 10:56:12 [base.py:413] the disk is full"
+    log = tmp_path / "log"
+    log.write_text("\n".join(["Traceback", "  one", "ValueError: too long", other, *noise * 10]) + "\n")
+    assert last_lines(log, 20).strip().splitlines()[-3:] == ["  one", "ValueError: too long", other]
+    log.write_text("\n".join(noise))
+    assert last_lines(log) == ""

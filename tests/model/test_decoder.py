@@ -89,7 +89,8 @@ def _logits_and_gradients(
 
     from megatron_dgrpo.model.megatron_config import BuildOptions
     from megatron_dgrpo.model.schedule import run_schedule
-    from megatron_dgrpo.packing.pack import micro_batches, sequence
+    from megatron_dgrpo.packing.pack import Packing
+    from megatron_dgrpo.packing.trees import sequence
     from megatron_dgrpo.parallel.groups import Groups
     from megatron_dgrpo.train.student import load_student
 
@@ -101,14 +102,8 @@ def _logits_and_gradients(
     student = load_student(folder, groups=groups, options=options)
     student.zero_grad()
     sequences = [sequence(str(i), tokens, np.arange(len(tokens)) > 0, i) for i, tokens in enumerate(_tokens())]
-    batches = micro_batches(
-        sequences,
-        rank=groups.grid.coordinate("dp"),
-        size=layout.dp,
-        max_tokens=40,
-        multiple_of=4,
-        rounds_of=layout.pp if layout.vpp > 1 else 1,
-    )
+    packing = Packing(40, dp=layout.dp, multiple_of=4, rounds_of=layout.pp if layout.vpp > 1 else 1)
+    batches = packing.micro_batches(sequences, rank=groups.grid.coordinate("dp"))
     found = {}
 
     def finish(hidden, batch):
@@ -116,7 +111,7 @@ def _logits_and_gradients(
         gather = gather_from_sequence_parallel_region if sp else copy_to_tensor_model_parallel_region
         logits = gather(hidden, group=groups.tp)[:, 0] @ head.weight_VH[: head.num_valid].T
         loss = logits.sum() * 0
-        for document in batch.documents[: len(batch.documents) - bool(batch.num_padding)]:
+        for document in (tree.trunk for tree in batch.trees):
             upstream = _upstream(document.length, student.decoder.spec.vocab_size).to(dtype)
             part = logits[document.start : document.start + document.length]
             loss = loss + (part * upstream[:, head.start : head.start + head.num_valid]).sum()

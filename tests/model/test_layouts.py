@@ -69,10 +69,9 @@ def test_the_embedding_and_the_head_are_counted() -> None:
     [
         ({"tp": 4}, 1),
         ({"tp": 4, "sequence_parallel": True}, 4),
-        ({"tp": 2, "cp": 3, "sequence_parallel": True}, 6),
         ({"tp": 1, "fp8": "tensorwise"}, 16),
-        ({"tp": 2, "cp": 2, "fp8": "blockwise"}, 256),
-        ({"tp": 2, "cp": 2, "sequence_parallel": True, "fp8": "mxfp8"}, 128),
+        ({"tp": 2, "fp8": "blockwise"}, 128),
+        ({"tp": 2, "sequence_parallel": True, "fp8": "mxfp8"}, 64),
     ],
 )
 def test_the_unit_of_padding(settings: dict[str, object], unit: int) -> None:

@@ -26,6 +26,13 @@ def test_a_plain_line_per_step() -> None:
     )
 
 
+def test_equal_groups_are_shown_where_there_are_any() -> None:
+    stream = io.StringIO()
+    for equal in (0.0, 3.0):
+        Console(stream).step("dgrpo", 1, 2, {"reward/mean": 1.0, "groups": 8.0, "equal_groups": equal})
+    assert stream.getvalue() == "dgrpo 1/2  reward 1.000\ndgrpo 1/2  reward 1.000  equal groups 3/8\n"
+
+
 def test_what_a_step_does_not_have_is_left_out() -> None:
     stream = io.StringIO()
     console = Console(stream)

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -64,7 +65,14 @@ def _config(files: Path, run_dir: Path, **changes: Any) -> dict[str, Any]:
         },
         "stages": [
             {"kind": "sft", "data": data, "steps": 2, "batch_size": 8, "optimizer": {"lr": 1e-2}},
-            dgrpo | {"steps": 3, "updates_per_batch": 2, "sampling": {"max_tokens": 4, "temperature": TEMPERATURE}},
+            dgrpo
+            | {
+                "steps": 3,
+                "updates_per_batch": 2,
+                "sampling": {"max_tokens": 4, "temperature": TEMPERATURE},
+                "objective": {"beta": {"kind": "adaptive", "initial": 0.5, "target": 1e-3}},
+                "diagnostics_every": 2,
+            },
             dgrpo | {"steps": 1, "sampling": {"max_tokens": 4}},
         ],
     }
@@ -89,6 +97,10 @@ def test_a_run_from_its_start_to_an_exported_folder(files: Path, tmp_path: Path)
         assert record["nonfinite_rows"] == 0
         assert record["surrogate/ratio"] == pytest.approx(1.0, abs=1e-6 if record["update"] == 1 else 0.5)
     assert any(abs(r["surrogate/ratio_max"] - 1) > 1e-6 for r in updates if r["update"] == 2)
+    # beta grows by 2 % a step, the most it may, as the KL is far above its target; then the last stage's constant
+    assert [r["teacher_kl/factor"] for r in updates] == pytest.approx([0.5, 0.5, 0.51, 0.51, 0.5202, 0.5202, 0.5])
+    assert [r["step"] for r in updates if "gradient/teacher_kl/norm" in r] == [1, 1, 3, 3, 1]
+    assert [r["step"] for r in updates if r.get("preflight/identical_kl", 1) <= 1e-6] == [1, 1, 1]
     assert [r["step"] for r in records if "heldout/reward" in r] == [0, 2, 0, 3, 0, 1]
     assert {"config.yaml", "metrics.jsonl", "logs", "hf"} <= {path.name for path in run_dir.iterdir()}
     _loads_in_transformers_and_differs(run_dir / "hf", files / "student")
@@ -134,6 +146,36 @@ def test_what_is_wrong_is_said_before_anything_starts(files: Path, tmp_path: Pat
     with pytest.raises(ConfigError, match=r"(?s)tp=3 does not divide the 2 .*heads.*tp=3 does not divide the 4"):
         train(load(_write(tmp_path, config)))
     assert not (tmp_path / "run").exists()
+
+
+def test_bad_data_is_an_error_of_the_config_and_starts_no_rank(files: Path, tmp_path: Path) -> None:
+    config = _config(files, tmp_path / "run")
+    rows = (files / "task/train.jsonl").read_text().splitlines()[:3]
+    (tmp_path / "bad.jsonl").write_text("\n".join([*rows, '{"prompt": "k1v2 k1"}', rows[0].replace("k", "q")]) + "\n")
+    config["stages"][1]["data"] = {"path": str(tmp_path / "bad.jsonl")}
+    config["evaluation"]["num_prompts"] = 10_000
+    with pytest.raises(ConfigError, match=r"(?s)line 4.*answer.*evaluation.num_prompts"):
+        train(load(_write(tmp_path, config)))
+    assert not {"engine-rollout.log", "rank1.log"} & {path.name for path in (tmp_path / "run/logs").iterdir()}
+
+
+def test_a_rank_that_ends_late_does_not_make_a_failure_of_a_good_run(files: Path, tmp_path: Path) -> None:
+    """The engine host ends with rank 0, while another rank may take its time."""
+    config = _config(files, tmp_path / "run")
+    config |= {"stages": config["stages"][:1], "teachers": []}
+    done = tmp_path / "run/hf"
+
+    def hold_rank1_back() -> None:
+        _wait(done.exists, 120, "nothing was exported")
+        (rank1,) = _named(_descendants(os.getpid()), "rank1")
+        os.kill(rank1, signal.SIGSTOP)
+        time.sleep(4)
+        os.kill(rank1, signal.SIGCONT)
+
+    holder = threading.Thread(target=hold_rank1_back)
+    holder.start()
+    assert train(load(_write(tmp_path, config))) == 0
+    holder.join()
 
 
 # ---- ends that nobody wanted ----

@@ -78,7 +78,7 @@ def _decoder(folder: str, world: int) -> Any:
     from megatron_dgrpo.model.megatron_config import BuildOptions
     from megatron_dgrpo.parallel.groups import Groups
 
-    return build_decoder(read_spec(folder), groups=Groups(tp=world, dp=1), options=BuildOptions(torch.bfloat16))
+    return build_decoder(read_spec(folder), groups=Groups(tp=world, dp=1), options=BuildOptions(dtype=torch.bfloat16))
 
 
 def _shard(decoder: Any) -> int:

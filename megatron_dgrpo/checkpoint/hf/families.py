@@ -8,7 +8,8 @@ why each entry names that too.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,11 @@ def read_spec(folder: str | Path, rope: RopeScaling | None = None) -> ModelSpec:
         raise ConversionError(f"{path} does not exist: is {folder} a Hugging Face model folder?") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConversionError(f"{path} is not valid JSON ({error}): copy the folder again") from None
+    if not isinstance(config, dict):
+        raise ConversionError(f"{path} holds no JSON object: copy the folder again")
     architectures = config.get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        raise ConversionError(f"{path} has architectures={architectures!r}, which is no list of names: copy it again")
     known = [name for name in architectures if name in FAMILIES]
     if not known:
         raise ConversionError(
@@ -88,7 +93,7 @@ def read_spec(folder: str | Path, rope: RopeScaling | None = None) -> ModelSpec:
     family = FAMILIES[known[0]]
     if "num_local_experts" in config:  # transformers 5 saves it by this name
         config.setdefault("num_experts", config["num_local_experts"])
-    problems = _refused(config, family, known[0]) + _missing(config, family)
+    problems = _mistyped(config) + _refused(config, family, known[0]) + _missing(config, family)
     own = _rope(config, problems)
     if problems:
         raise ConversionError(listing(f"{path} describes a model that can't be built:", problems))
@@ -96,10 +101,43 @@ def read_spec(folder: str | Path, rope: RopeScaling | None = None) -> ModelSpec:
     return spec if rope is None else with_rope(spec, rope)
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+_OPTIONAL: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "head_dim": (_is_count, "a positive whole number"),
+    "max_position_embeddings": (_is_count, "a positive whole number"),
+    "rms_norm_eps": (lambda value: _is_number(value) and value >= 0, "a number"),
+    "tie_word_embeddings": (lambda value: isinstance(value, bool), "true or false"),
+    "norm_topk_prob": (lambda value: isinstance(value, bool), "true or false"),
+    "layer_types": (
+        lambda value: isinstance(value, list) and all(isinstance(x, str) for x in value),
+        "a list of names",
+    ),
+}
+"""Settings that have a default: what they are where they are given."""
+
+
+def _mistyped(config: dict[str, Any]) -> list[str]:
+    """Values of a wrong type. They are taken out, so that nobody stumbles over them; null is as good as nothing."""
+    problems = []
+    for key, (fits, kind) in _OPTIONAL.items():
+        if key in config and not (config[key] is not None and fits(config[key])):
+            value = config.pop(key)
+            if value is not None:
+                problems.append(f"{key}={value!r} is not {kind}")
+    return problems
+
+
 def _missing(config: Mapping[str, Any], family: Family) -> list[str]:
     """Numbers that are absent or wrong, and numbers that contradict one another."""
     required = (*_REQUIRED, *(_OF_EXPERTS if family.experts else ()))
-    bad = [key for key in required if not isinstance(config.get(key), int) or config[key] < 1]
+    bad = [key for key in required if not _is_count(config.get(key))]
     problems = [f"{key} is missing or not a positive whole number" for key in bad]
 
     def contradicts(larger: str, smaller: str) -> bool:
@@ -165,22 +203,34 @@ def _spec(config: Mapping[str, Any], family: Family, name: str, rope: Rope) -> M
 
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 _YARN = ("factor", "original_max_position_embeddings")
+_YARN_OPTIONAL = ("attention_factor", "mscale", "mscale_all_dim", "beta_fast", "beta_slow")
 
 
 def _rope(config: Mapping[str, Any], problems: list[str]) -> Rope:
     """transformers 5 writes rope_parameters; 4 wrote rope_theta and rope_scaling."""
-    given = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    name = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+    settings = config.get(name) or {}
+    if not isinstance(settings, dict):
+        problems.append(f"{name}={settings!r} is not an object")
+        settings = {}
+    given = dict(settings)
     kind = given.get("rope_type", given.get("type", "default"))
     base = given.get("rope_theta", config.get("rope_theta"))
     if base is None:
         problems.append("rope_theta is missing (also from rope_parameters)")
+    elif not _is_number(base) or base <= 0:
+        problems.append(f"rope_theta={base!r} is not a positive number")
+        base = None
     if kind not in ("default", "llama3", "yarn"):
         problems.append(f"rope type {kind!r} is not supported; supported: default, llama3, yarn")
         kind = "default"
     if given.get("partial_rotary_factor", 1.0) != 1.0:
         problems.append(f"partial_rotary_factor={given['partial_rotary_factor']} is not supported; supported: 1.0")
+    for key in _YARN_OPTIONAL if kind == "yarn" else ():
+        if given.get(key) is not None and not (_is_number(given[key]) and given[key] > 0):
+            problems.append(f"rope type 'yarn' has {key}={given.pop(key)!r}, which is not a positive number")
     needed = {"default": (), "llama3": _LLAMA3, "yarn": _YARN}[kind]
-    absent = [key for key in needed if not isinstance(given.get(key), int | float) or given[key] <= 0]
+    absent = [key for key in needed if not _is_number(given.get(key)) or given[key] <= 0]
     problems += [f"rope type {kind!r} needs {key}, a positive number" for key in absent]
     if absent or base is None or kind == "default":
         return Rope(base=float(base or 1.0))

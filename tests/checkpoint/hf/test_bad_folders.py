@@ -149,7 +149,7 @@ def load(rank: int, world: int, folder: str, gone_for: int | None) -> None:
             name: dataclasses.replace(header, file=header.file.with_name("gone"))
             for name, header in check(*args).items()
         }
-    load_student(folder, groups=Groups(tp=world, dp=1), options=BuildOptions(torch.float32))
+    load_student(folder, groups=Groups(tp=world, dp=1), options=BuildOptions(dtype=torch.float32))
 
 
 def test_what_one_rank_cannot_read_stops_all(folder: Path) -> None:

@@ -46,7 +46,7 @@ def through_megatron(
     from megatron_dgrpo.parallel.groups import Groups
 
     groups = Groups(tp=tp, dp=world // tp)
-    decoder = build_decoder(read_spec(source), groups=groups, options=BuildOptions(getattr(torch, kept)))
+    decoder = build_decoder(read_spec(source), groups=groups, options=BuildOptions(dtype=getattr(torch, kept)))
     for parameter in decoder.parameters():
         parameter.data.fill_(float("nan"))
     read: list[int] = []

@@ -174,6 +174,51 @@ def _expert(parameter: str) -> int:
     return int(words[words.index("local_experts") + 1])
 
 
+def test_values_of_wrong_types_are_all_listed(tmp_path: Path) -> None:
+    wrong: dict[str, object] = {
+        "head_dim": "128", "max_position_embeddings": 512.5, "rms_norm_eps": "small", "tie_word_embeddings": "no",
+        "rope_theta": "1e6", "layer_types": "full_attention", "num_hidden_layers": True,
+    }  # fmt: skip
+    with pytest.raises(ConversionError) as caught:
+        read_spec(_config(tmp_path, **wrong))
+    lines = str(caught.value).splitlines()[1:]
+    assert {line.removeprefix("  - ").split("=")[0].split(" ")[0] for line in lines} == set(wrong)
+    assert "  - rms_norm_eps='small' is not a number" in lines
+    assert "  - head_dim='128' is not a positive whole number" in lines
+
+
+@pytest.mark.parametrize(
+    ("rope", "says"),
+    [
+        ("yarn", "rope_scaling='yarn' is not an object"),
+        ({"rope_type": "yarn", "factor": "4", "original_max_position_embeddings": 64}, "needs factor, a pos"),
+        (
+            {"rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 64, "beta_fast": "32"},
+            "beta_fast='32', which is not a positive number",
+        ),
+    ],
+)
+def test_rope_settings_of_wrong_types(tmp_path: Path, rope: object, says: str) -> None:
+    with pytest.raises(ConversionError, match=says):
+        read_spec(_config(tmp_path, rope_scaling=rope))
+
+
+def test_null_is_as_good_as_nothing(tmp_path: Path) -> None:
+    _config(tmp_path)
+    given = json.loads((tmp_path / "config.json").read_text())
+    expected = read_spec(tmp_path)
+    nulls = {"head_dim": None, "rms_norm_eps": None, "max_position_embeddings": None, "layer_types": None}
+    (tmp_path / "config.json").write_text(json.dumps(given | nulls))
+    assert read_spec(tmp_path) == expected
+
+
+@pytest.mark.parametrize(("text", "says"), [("[]", "no JSON object"), ('{"architectures": "Qwen3"}', "no list")])
+def test_a_config_of_another_form(tmp_path: Path, text: str, says: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConversionError, match=says):
+        read_spec(tmp_path)
+
+
 def test_no_config_or_a_truncated_one(tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match="does not exist"):
         read_spec(tmp_path)

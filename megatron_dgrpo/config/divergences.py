@@ -60,6 +60,11 @@ _K3_IS_FORWARD = (
 )
 
 
+def never(estimator: str) -> str | None:
+    """Why no divergence has this estimator, or None where that is not known."""
+    return _NEVER.get(estimator)
+
+
 def refusal(divergence: str, estimator: str) -> str | None:
     """Why this pair cannot be trained on, or None where it can."""
     if divergence not in get_args(Divergence):

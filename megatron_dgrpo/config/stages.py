@@ -1,0 +1,115 @@
+"""What stages and the evaluation ask for, and whether the numbers in it agree: batches, lengths, rewards.
+
+A micro-batch is padded to a multiple of its layout's padding unit, and may not be longer than `micro_batch_tokens` with
+that: its room is `micro_batch_tokens` rounded down. The student and the teacher pack the same sequences, each with its
+own unit, so that a sequence must fit into the smaller of two rooms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+from megatron_dgrpo.config.schema import DGRPO, Config, Evaluation, Model
+
+FP8 = Literal["tensorwise", "blockwise", "mxfp8"]
+"""Scales per tensor (from its current values), per block of 128 x 128 or 1 x 128, per run of 32 (Blackwell)."""
+_FP8_UNIT: dict[FP8, int] = {"tensorwise": 16, "blockwise": 128, "mxfp8": 32}
+
+
+def dgrpo_stages(config: Config) -> list[tuple[str, DGRPO]]:
+    """Dotted path and stage."""
+    return [(f"stages.{i}", stage) for i, stage in enumerate(config.stages) if isinstance(stage, DGRPO)]
+
+
+def samplers(config: Config) -> list[tuple[str, DGRPO | Evaluation]]:
+    """Dotted path and section of everything that asks an engine for responses."""
+    found: list[tuple[str, DGRPO | Evaluation]] = list(dgrpo_stages(config))
+    return found + ([("evaluation", config.evaluation)] if config.evaluation else [])
+
+
+def padding_unit(*, tp: int, sequence_parallel: bool = False, fp8: FP8 | None = None) -> int:
+    """The number of a micro-batch's tokens on one rank of a context-parallel group is a multiple of this.
+
+    Sequence parallelism cuts them into equal parts, and every part of FP8 training is cut into whole blocks: FP8
+    products contract over tokens when they form a weight's gradient.
+    """
+    return (tp if sequence_parallel else 1) * (_FP8_UNIT[fp8] if fp8 else 1)
+
+
+def micro_batch_room(config: Config, number: int) -> int:
+    """The longest sequence that a stage's micro-batches hold."""
+    stage = config.stages[number]
+    return min(stage.micro_batch_tokens // unit * unit for unit in _units(config, number))
+
+
+def _units(config: Config, number: int) -> list[int]:
+    """Padding units of the models that pack a stage's sequences; names of no model are another rule's to tell."""
+    stage = config.stages[number]
+    names = [config.student]
+    if isinstance(stage, DGRPO) and stage.objective.uses_teacher:
+        names += [teacher.model for teacher in config.teachers]
+    return [_unit(config.models[name]) for name in names if name in config.models] or [1]
+
+
+def _unit(model: Model) -> int:
+    layout = model.layout
+    return padding_unit(tp=layout.tp, sequence_parallel=layout.sequence_parallel, fp8=model.fp8)
+
+
+# ---- Rules -----------------------------------------------------------------------------------------------------------
+
+
+def rewards(config: Config) -> Iterator[str]:
+    for path, section in samplers(config):
+        kinds = [reward.kind for reward in section.rewards]
+        for kind in dict.fromkeys(kind for kind in kinds if kinds.count(kind) > 1):
+            times = kinds.count(kind)
+            yield f"{path}.rewards: {kind!r} is listed {times} times; list it once, with the sum of the weights"
+
+
+def batches(config: Config) -> Iterator[str]:
+    for path, stage in dgrpo_stages(config):
+        prompts, updates = stage.prompts_per_step, stage.updates_per_batch
+        if prompts % updates:
+            fitting = max(n for n in range(1, min(prompts, updates) + 1) if prompts % n == 0)
+            yield (
+                f"{path}.updates_per_batch: {updates} updates cannot share {prompts} prompts equally; set "
+                f"{path}.updates_per_batch={fitting} or {path}.prompts_per_step={-(-prompts // updates) * updates}"
+            )
+    for i, any_stage in enumerate(config.stages):
+        if micro_batch_room(config, i) < 2:
+            yield (
+                f"stages.{i}.micro_batch_tokens: {any_stage.micro_batch_tokens} {_rounded(config, i)}hold no sequence, "
+                "which has at least a prompt's and a response's token; set it to the longest sequence at least"
+            )
+
+
+def lengths(config: Config) -> Iterator[str]:
+    for path, section in samplers(config):
+        engine = config.engines.get(section.engine)
+        if engine is not None and section.sampling.max_tokens >= engine.max_model_len:
+            yield (
+                f"{path}.sampling.max_tokens: {section.sampling.max_tokens} leaves no room for a prompt in "
+                f"engines.{section.engine}.max_model_len={engine.max_model_len}; lower the one or raise the other"
+            )
+    for i, stage in enumerate(config.stages):
+        engine = config.engines.get(stage.engine) if isinstance(stage, DGRPO) else None
+        if engine is None or not isinstance(stage, DGRPO) or stage.on_overlong == "drop":
+            continue
+        room = micro_batch_room(config, i)
+        if 2 <= room < engine.max_model_len:
+            needed = max(-(-engine.max_model_len // unit) * unit for unit in _units(config, i))
+            yield (
+                f"stages.{i}.micro_batch_tokens: {stage.micro_batch_tokens} {_rounded(config, i)}cannot hold the "
+                f"longest sequence that the engine may return; set stages.{i}.micro_batch_tokens={needed} or more, or "
+                f"engines.{stage.engine}.max_model_len={room} or less, or stages.{i}.on_overlong=drop"
+            )
+
+
+def _rounded(config: Config, number: int) -> str:
+    """Where rounding takes something: how much is left, to go before "hold" or "cannot hold"."""
+    room = micro_batch_room(config, number)
+    if room == config.stages[number].micro_batch_tokens:
+        return ""
+    return f"(padded micro-batches are multiples of {max(_units(config, number))}, so that {room} are of use) "
