@@ -31,7 +31,8 @@ def _examples() -> list[Trajectory]:
 def _student_and_work(folder: str, axes: dict[str, Any]) -> Any:
     from megatron_dgrpo.algorithms.build import sft_loss, sft_streams
     from megatron_dgrpo.model.megatron_config import BuildOptions
-    from megatron_dgrpo.packing.pack import from_trajectories, micro_batches
+    from megatron_dgrpo.packing.pack import Packing
+    from megatron_dgrpo.packing.trees import documents
     from megatron_dgrpo.parallel.groups import Groups
     from megatron_dgrpo.train.student import load_student
     from megatron_dgrpo.train.update import Work
@@ -41,14 +42,8 @@ def _student_and_work(folder: str, axes: dict[str, Any]) -> Any:
     groups.seed(0)
     options = BuildOptions(torch.float64, sequence_parallel=layout.sequence_parallel, vpp=layout.vpp)
     student = load_student(folder, groups=groups, options=options)
-    batches = micro_batches(
-        from_trajectories(_examples()),
-        rank=groups.grid.coordinate("dp"),
-        size=layout.dp,
-        max_tokens=24,
-        multiple_of=4,
-        rounds_of=layout.pp if layout.vpp > 1 else 1,
-    )
+    packing = Packing(24, dp=layout.dp, multiple_of=4, rounds_of=layout.pp if layout.vpp > 1 else 1)
+    batches = packing.micro_batches(documents(_examples()), rank=groups.grid.coordinate("dp"))
     loss, factors = sft_loss()
     return student, Work(batches, sft_streams(_examples()).streams, loss, factors, 1.0)
 
