@@ -14,7 +14,7 @@ from megatron_dgrpo.packing.trajectory import Segment, Trajectory
 from megatron_dgrpo.testing import run_distributed
 from megatron_dgrpo.testing.gradients import gather_data_parallel_gradients, pieces, relative_error, whole
 from megatron_dgrpo.testing.reference import Response, dgrpo
-from megatron_dgrpo.testing.tiny import save_tiny_qwen3
+from megatron_dgrpo.testing.tiny import save_tiny
 from megatron_dgrpo.testing.transformers_reference import as_reference
 
 TEMPERATURE = 0.7
@@ -23,6 +23,8 @@ OBJECTIVE = Objective(clip_low=0.2, clip_high=0.28, beta=0.5)
 REWARDS = [[1.0, 0.0, 0.25, 0.0], [1.0, 1.0, 1.0], [0.0, 1.0, 1.0, 1.0, 0.5], [0.5]]
 PROMPTS = [5, 8, 11, 2]
 SIZES = {"vocab_size": 96, "heads": 4, "kv_heads": 2, "std": 0.08, "random_norms": True}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 16}
 RATIOS = (0.5, 0.9, 1.1, 1.7)
 
 
@@ -181,7 +183,7 @@ CASES = {
 }
 
 
-# Where embedding and head are on different ranks, both kinds of model; elsewhere one or the other.
+# A tied Qwen3 and an untied Llama: both where embedding and head are on different ranks, elsewhere one or the other.
 KINDS = [
     (name, tied)
     for number, name in enumerate(CASES)
@@ -190,11 +192,12 @@ KINDS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "tied"), KINDS, ids=[f"{name}{'' if tied else ', untied'}" for name, tied in KINDS])
+@pytest.mark.parametrize(("name", "tied"), KINDS, ids=[f"{name}{'' if tied else ', Llama'}" for name, tied in KINDS])
 def test_loss_and_gradients_equal_the_dense_reference(tmp_path: Path, tied: bool, name: str) -> None:
     case = CASES[name]
-    folder = save_tiny_qwen3(tmp_path / "student", tied=tied, seed=1, layers=4, **SIZES)
-    teacher_folder = save_tiny_qwen3(tmp_path / "teacher", tied=not tied, hidden=96, layers=4, seed=2, **SIZES)
+    family = {} if tied else {"family": "Llama", "rope": LLAMA3}
+    folder = save_tiny(tmp_path / "student", tied=tied, seed=1, layers=4, **SIZES, **family)
+    teacher_folder = save_tiny(tmp_path / "teacher", tied=not tied, hidden=96, layers=4, seed=2, **SIZES)
     reference, teacher = (as_reference(path, torch.float64) for path in (folder, teacher_folder))
     models = [lambda ids, model=model: model(ids[None]).logits[0] for model in (reference, teacher)]
     responses = _with_old_logprobs(_responses(), *models)
