@@ -81,7 +81,7 @@ def save_megatron(decoder: Decoder, source: str | Path, target: str | Path) -> N
                 with readable(target, needed):
                     (aside / WEIGHTS).mkdir()
                     (aside / HUGGING_FACE).mkdir()
-                    copy_beside(source, aside / HUGGING_FACE, _name(parameter.dtype))
+                    copy_beside(source, aside / HUGGING_FACE, _name(parameter.dtype), decoder.spec)
                     about = {"format": _FORMAT, "dtype": _name(parameter.dtype), "spec": _as_json(decoder.spec)}
                     write_synced(aside / _ABOUT, (json.dumps(about, indent=2) + "\n").encode())
         _save_weights(_sharded(decoder), aside / WEIGHTS, target, needed, group=group)

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_dgrpo.checkpoint.aside import write_synced
+from megatron_dgrpo.checkpoint.hf.families import read_spec, rope_parameters
 from megatron_dgrpo.errors import ConversionError
+from megatron_dgrpo.model.spec import ModelSpec
 
 _NAMES = (
     "generation_config.json",
@@ -26,8 +28,11 @@ _NAMES = (
 _TEMPLATES = "additional_chat_templates"
 
 
-def copy_beside(source: Path, target: Path, dtype: str) -> None:
-    """Write all of it into `target`, with the weights' type in the config. Code is never copied."""
+def copy_beside(source: Path, target: Path, dtype: str, spec: ModelSpec) -> None:
+    """Write all of it into `target`, with the weights' type in the config. Code is never copied.
+
+    A model that was trained with other rotary embeddings than its folder's is described with those.
+    """
     try:
         config = json.loads((source / "config.json").read_text(encoding="utf-8"))
         contents = {str(path.relative_to(source)): path.read_bytes() for path in _files(source)}
@@ -35,6 +40,11 @@ def copy_beside(source: Path, target: Path, dtype: str) -> None:
         raise ConversionError(f"the config and tokenizer of {source} can't be read ({error})") from error
     config.pop("torch_dtype", None)  # the name that transformers 4 used
     config["dtype"] = dtype
+    found = read_spec(source)
+    if (found.rope, found.max_positions) != (spec.rope, spec.max_positions):
+        for name in ("rope_theta", "rope_scaling"):  # where transformers 4 kept them
+            config.pop(name, None)
+        config |= {"rope_parameters": rope_parameters(spec.rope), "max_position_embeddings": spec.max_positions}
     write_synced(target / "config.json", (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
     for name, content in contents.items():
         (target / name).parent.mkdir(exist_ok=True)

@@ -71,4 +71,4 @@ def export_folder(
                 with readable(target, needed):
                     if len(files) > 1:
                         write_synced(aside / INDEX, index_json(specs, files))
-                    copy_beside(source, aside, str(dtype).removeprefix("torch."))
+                    copy_beside(source, aside, str(dtype).removeprefix("torch."), decoder.spec)
