@@ -42,7 +42,8 @@ def _check(rank, world, folder, teacher_folder, trajectories, rewards, dtype):
     from megatron_dgrpo.algorithms.build import dgrpo_loss, dgrpo_streams, head_options
     from megatron_dgrpo.checkpoint.hf.families import read_spec
     from megatron_dgrpo.model.megatron_config import BuildOptions
-    from megatron_dgrpo.packing.pack import from_trajectories, micro_batches
+    from megatron_dgrpo.packing.pack import Packing
+    from megatron_dgrpo.packing.trees import trees
     from megatron_dgrpo.parallel.groups import Groups
     from megatron_dgrpo.teacher.frozen import load_teacher
     from megatron_dgrpo.train.preflight import check_update
@@ -56,23 +57,23 @@ def _check(rank, world, folder, teacher_folder, trajectories, rewards, dtype):
     before = [p.detach().clone() for p in student.decoder.parameters()]
     models |= {"student_spec": read_spec(folder), "student_groups": groups}
     teachers = {"other": load_teacher(teacher_folder, **models), "same": load_teacher(folder, **models)}
-    sequences = from_trajectories(trajectories)
-    layouts = micro_batches(sequences, rank=groups.grid.coordinate("dp"), size=2, max_tokens=48, multiple_of=4)
+    grown, packing = trees(trajectories), Packing(48, dp=2, multiple_of=4)
+    layouts = packing.micro_batches(grown, rank=groups.grid.coordinate("dp"))
 
     def work_of(objective, teacher):
         loss, factors = dgrpo_loss(objective)
         streams = dgrpo_streams(trajectories, rewards, objective).streams
         options = head_options(objective)
-        rows = teacher.rows(sequences, max_tokens=48)
+        rows = teacher.rows(grown, packing)
         return Work(layouts, streams, loss, factors, TEMPERATURE, teacher.head, rows, head_options=options)
 
     sound = {}
     for name, objective in OBJECTIVES.items():
         for kind, teacher in teachers.items() if name == "exact" else [("other", teachers["other"])]:
             work = work_of(objective, teacher)
-            again = teacher.rows(sequences, max_tokens=48)
+            again = teacher.rows(grown, packing)
             sound[name, kind] = check_update(student, work, again, work.factors, same_weights=kind == "same")
-    again = teachers["same"].rows(sequences, max_tokens=48)
+    again = teachers["same"].rows(grown, packing)
     work, caught = work_of(OBJECTIVES["exact"], teachers["same"]), {}
     for name, wrong in _faults(work, rank).items():
         try:

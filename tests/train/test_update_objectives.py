@@ -69,7 +69,8 @@ def _train(rank, world, folder, teacher_folder, trajectories, rewards, layout, b
     from megatron_dgrpo.algorithms.losses import Loss
     from megatron_dgrpo.checkpoint.hf.families import read_spec
     from megatron_dgrpo.model.megatron_config import BuildOptions
-    from megatron_dgrpo.packing.pack import from_trajectories, micro_batches
+    from megatron_dgrpo.packing.pack import Packing
+    from megatron_dgrpo.packing.trees import trees
     from megatron_dgrpo.parallel.groups import Groups
     from megatron_dgrpo.teacher.frozen import load_teacher
     from megatron_dgrpo.train.student import load_student
@@ -80,10 +81,9 @@ def _train(rank, world, folder, teacher_folder, trajectories, rewards, layout, b
     models = {"groups": groups, "options": BuildOptions(torch.float64, sequence_parallel=groups.grid.tp > 1)}
     student = load_student(folder, **models)
     teacher = load_teacher(teacher_folder, **models, student_spec=read_spec(folder), student_groups=groups)
-    sequences = from_trajectories(trajectories)
-    rank, size = groups.grid.coordinate("dp"), groups.grid.dp
-    layouts = micro_batches(sequences, rank=rank, size=size, max_tokens=budget, multiple_of=4)
-    rows = teacher.rows(sequences, max_tokens=budget)
+    grown, packing = trees(trajectories), Packing(budget, dp=groups.grid.dp, multiple_of=4)
+    layouts = packing.micro_batches(grown, rank=groups.grid.coordinate("dp"))
+    rows = teacher.rows(grown, packing)
     found = {}
     for case in CASES:
         objective = _objective(case)
@@ -141,7 +141,9 @@ class Dense:
         values = []
         for r in self.responses:
             group = REWARDS[r.group]
-            if kind == "leave_one_out":
+            if len(group) == 1:  # nobody to compare with
+                values.append(0.0)
+            elif kind == "leave_one_out":
                 others = (sum(group) - r.reward) / (len(group) - 1)
                 values.append(r.reward - others)
             else:
