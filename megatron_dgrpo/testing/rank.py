@@ -70,7 +70,7 @@ def main(folder: str, file: str, module: str, qualname: str, sys_path: list[str]
             from megatron_dgrpo.launch.rendezvous import init_process_group
 
             world_size = int(os.environ["WORLD_SIZE"])
-            init_process_group(here, rank=rank, world_size=world_size, backend="gloo", timeout_s=timeout_s + 30)
+            init_process_group(here, rank=rank, world_size=world_size, backend=_backend(), timeout_s=timeout_s + 30)
             args = (rank, world_size, *args)
         leave(here / f"result_{rank}", function(*args))
     except BaseException as error:
@@ -86,3 +86,10 @@ def main(folder: str, file: str, module: str, qualname: str, sys_path: list[str]
 
 def _done(here: Path, rank: int) -> bool:
     return (here / f"result_{rank}").exists() or (here / f"failure_{rank}").exists()
+
+
+def _backend() -> str:
+    """gloo for tensors on the CPU, always; NCCL beside it where there is a GPU to have tensors on."""
+    import torch
+
+    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
