@@ -221,7 +221,14 @@ def running(files: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str]
     config = _config(files, tmp_path / "run")
     config["stages"][1]["steps"] = 100_000
     command = [sys.executable, "-m", "megatron_dgrpo.cli", "train", str(_write(tmp_path, config))]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        # a shell that runs the tests in the background ignores Ctrl-C for all of them
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     metrics = tmp_path / "run/metrics.jsonl"
     second_step = '"stage": "dgrpo", "stage_number": 1, "step": 2'
     try:
