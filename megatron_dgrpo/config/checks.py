@@ -18,6 +18,7 @@ from megatron_dgrpo.config.explain import nearest
 from megatron_dgrpo.config.objective import problems as objective_problems
 from megatron_dgrpo.config.schema import Config
 from megatron_dgrpo.config.stages import dgrpo_stages, samplers
+from megatron_dgrpo.config.trackers import missing_packages
 from megatron_dgrpo.errors import ConfigError, listing
 
 
@@ -42,7 +43,9 @@ def problems(config: Config) -> list[str]:
 
 def file_problems(config: Config) -> list[str]:
     """What is wrong on the disk. Relative paths are relative to the current folder."""
-    rules: tuple[Callable[[Config], Iterator[str]], ...] = (_model_folders, _tokenizers, _datasets, _run_dir)
+    rules: tuple[Callable[[Config], Iterator[str]], ...] = (
+        _model_folders, _tokenizers, _datasets, _run_dir, lambda config: missing_packages(config.trackers),
+    )  # fmt: skip
     return [problem for rule in rules for problem in rule(config)]
 
 
@@ -268,7 +271,7 @@ def _datasets(config: Config) -> Iterator[str]:
             yield f"{where}: {file} is empty; give a file with a row a line"
 
 
-_BEFORE_THE_FIRST_STEP = ("config.yaml", "logs")
+_BEFORE_THE_FIRST_STEP = ("config.yaml", "environment.json", "events.jsonl", "logs")
 """All that a run leaves that failed before it had anything to keep: it may be started again, and its logs go on."""
 
 

@@ -11,6 +11,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from megatron_dgrpo.config.frozen import Frozen
 from megatron_dgrpo.config.objective import Objective
+from megatron_dgrpo.config.trackers import TrackerSettings
 
 DType = Literal["float32", "bfloat16", "float64"]
 
@@ -252,6 +253,8 @@ class Config(Frozen):
     teachers: tuple[Teacher, ...] = ()
     engines: dict[str, Engine] = {}
     evaluation: Evaluation | None = None
+    trackers: tuple[TrackerSettings, ...] = ()
+    """Where figures go beside metrics.jsonl: tensorboard, wandb, mlflow."""
     stages: Annotated[tuple[Annotated[SFT | DGRPO, Field(discriminator="kind")], ...], Field(min_length=1)]
     """Run in order, each from the previous one's weights."""
 

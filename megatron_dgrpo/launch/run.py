@@ -11,6 +11,8 @@ from megatron_dgrpo.config.schema import Config, Engine, Model
 from megatron_dgrpo.errors import ConfigError
 from megatron_dgrpo.launch.preflight import check_models
 from megatron_dgrpo.launch.supervisor import Supervisor
+from megatron_dgrpo.observe.environment import write_environment
+from megatron_dgrpo.observe.events import run_events
 
 _CHECK_S = 3600.0
 """All data is read and tokenised once."""
@@ -21,7 +23,7 @@ def train(config: Config) -> int:
     check_files(config)
     check_models(config)
     resolved = _make_run_dir(config)
-    with Supervisor(config.run_dir) as supervisor:
+    with run_events(config.run_dir), Supervisor(config.run_dir) as supervisor:
         names = used_engines(config)
         supervisor.prepare("trainer")
         if names:
@@ -57,6 +59,7 @@ def _make_run_dir(config: Config) -> Path:
     try:
         resolved.parent.mkdir(parents=True, exist_ok=True)
         resolved.write_text(dump(config), encoding="utf-8")
+        write_environment(resolved.parent)
     except OSError as error:
         raise ConfigError(f"run_dir: {config.run_dir} can't be written ({error}): name another folder") from None
     return resolved

@@ -14,6 +14,7 @@ from megatron_dgrpo.data.dataset import read_rows
 from megatron_dgrpo.data.lengths import check_lengths
 from megatron_dgrpo.data.tokenizer import Tokenizer
 from megatron_dgrpo.errors import ConfigError, DGRPOError, listing
+from megatron_dgrpo.observe.progress import Board
 
 
 def main(*, config_path: str, answer_path: str) -> None:
@@ -62,7 +63,9 @@ def _check_stage(config: Config, number: int, tokenizer: Tokenizer) -> None:
         case DGRPO():
             limit, setting = config.engines[stage.engine].max_model_len, f"engines.{stage.engine}.max_model_len"
             response = stage.sampling.max_tokens
-    check_lengths(read_rows(stage.data), tokenizer, limit=limit, setting=setting, response_tokens=response)
+    rows = read_rows(stage.data)
+    watched = Board().over(rows, f"check {stage.data.path}", len(rows), "rows")
+    check_lengths(watched, tokenizer, limit=limit, setting=setting, response_tokens=response)
 
 
 def _check_evaluation(config: Config, tokenizer: Tokenizer) -> None:
@@ -76,7 +79,7 @@ def _check_evaluation(config: Config, tokenizer: Tokenizer) -> None:
         )
     engine = config.engines[settings.engine]
     check_lengths(
-        rows[: settings.num_prompts],
+        Board().over(rows[: settings.num_prompts], f"check {settings.data.path}", settings.num_prompts, "rows"),
         tokenizer,
         limit=engine.max_model_len,
         setting=f"engines.{settings.engine}.max_model_len",

@@ -31,6 +31,7 @@ def collect(
     seed: int,
     step: int,
     phases: Phases,
+    what: str = "generate",
 ) -> list[Trajectory]:
     """`num_samples` scored trajectories of each row, row by row."""
     settings = run.config.engines[engine]
@@ -38,7 +39,8 @@ def collect(
     if run.engines is not None:
         requests = [_request(run, row, sampling, num_samples, seed, step) for row in rows]
         with phases("generate"):
-            completions = list(run.engines.client(engine).generate(requests, deadline_s=settings.request_timeout_s))
+            answers = run.engines.client(engine).generate(requests, deadline_s=settings.request_timeout_s)
+            completions = list(run.board.over(answers, what, len(rows) * num_samples, "samples"))
         with phases("score"):
             mine = _score(run, rows, requests, completions, rewards, num_samples)
     with phases("generate"):

@@ -31,6 +31,7 @@ def run_dgrpo(run: Run, stage: DGRPO, number: int) -> None:
     student.start_optimizer(stage.optimizer)
     evaluate(run, number, 0)
     for step in range(1, stage.steps + 1):
+        run.begin(number, step)
         phases = Phases()
         with phases("sync"):
             run.sync(stage.engine)
@@ -66,7 +67,7 @@ def run_dgrpo(run: Run, stage: DGRPO, number: int) -> None:
                 last = update == len(work)
                 run.report(number, step, facts | metrics, update=update, phases=phases if last else None)
         if words := silent.observe(facts, factors.at(step - 1)):
-            run.note(words)
+            run.note(words, kind="silence", level="warning")
         factors.observe({name: float(np.mean([m[name] for m in seen if name in m])) for name in seen[-1]})
         evaluate(run, number, step)
 

@@ -1,0 +1,102 @@
+"""How far something long is: a process writes it on its board, the supervisor, who has the terminal, shows it.
+
+A board is a small file that the supervisor names in the environment of each process that it starts (DGRPO_PROGRESS). It
+is replaced as a whole, so that whoever reads it sees a whole state, and at most a few times a second. A process without
+a board (a test, a tool) writes nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+VARIABLE = "DGRPO_PROGRESS"
+_SECONDS_BETWEEN_WRITES = 0.2
+
+
+@dataclass(frozen=True)
+class State:
+    """Of one process's board."""
+
+    what: str = ""
+    """What is being done; empty: nothing that would be long."""
+    done: float = 0
+    total: float = 0
+    """0 where it is not known."""
+    unit: str = ""
+    began: float = 0.0
+    """time.time() of its start."""
+    stage: str = ""
+    stage_number: int = 0
+    step: int = 0
+    """The step that is under way; 0 before the first."""
+    steps: int = 0
+
+
+class Board:
+    def __init__(self, path: str | Path | None = None) -> None:
+        path = path or os.environ.get(VARIABLE)
+        self._path = Path(path) if path else None
+        self._state = State()
+        self._written_at = 0.0
+
+    def step(self, stage: str, number: int, step: int, steps: int) -> None:
+        """A step begins."""
+        self._set(replace(self._state, stage=stage, stage_number=number, step=step, steps=steps), now=True)
+
+    @contextlib.contextmanager
+    def task(self, what: str, total: float = 0, unit: str = "") -> Iterator[Task]:
+        """Something long begins, and ends with the context; one inside another stands in its place meanwhile."""
+        before = self._state
+        task = Task(self)
+        self._set(replace(before, what=what, done=0, total=total, unit=unit, began=time.time()), now=True)
+        try:
+            yield task
+        finally:
+            now = self._state
+            self._set(
+                replace(before, stage=now.stage, stage_number=now.stage_number, step=now.step, steps=now.steps),
+                now=True,
+            )
+
+    def over[T](self, items: Iterable[T], what: str, total: float, unit: str = "") -> Iterator[T]:
+        """The items, each counted when the next one is asked for."""
+        with self.task(what, total, unit) as task:
+            for item in items:
+                yield item
+                task.advance()
+
+    def advance(self, amount: float) -> None:
+        self._set(replace(self._state, done=self._state.done + amount))
+
+    def _set(self, state: State, now: bool = False) -> None:
+        self._state = state
+        moment = time.monotonic()
+        if self._path is None or (not now and moment - self._written_at < _SECONDS_BETWEEN_WRITES):
+            return
+        self._written_at = moment
+        aside = self._path.with_suffix(".new")
+        with contextlib.suppress(OSError):  # the folder goes with the supervisor; to be unseen is no reason to fail
+            aside.write_text(json.dumps(asdict(state)), encoding="utf-8")
+            aside.replace(self._path)
+
+
+class Task:
+    def __init__(self, board: Board) -> None:
+        self._board = board
+
+    def advance(self, amount: float = 1) -> None:
+        self._board.advance(amount)
+
+
+def read_board(path: str | Path) -> State | None:
+    """None where there is none (yet)."""
+    try:
+        return State(**json.loads(Path(path).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
