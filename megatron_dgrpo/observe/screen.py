@@ -71,8 +71,8 @@ class Screen:
     def close(self) -> None:
         self._show(last=True)
         if self._live is not None:
-            live, self._live = self._live, None
-            self._guarded(lambda: (live.update(Text("")), live.stop()))
+            self._guarded(self._live.stop)
+            self._live = None
 
     def _show(self, last: bool) -> None:
         for line in self._log.lines(last) if self._log else ():

@@ -1,6 +1,7 @@
 """TensorBoard's event files, written without TensorBoard, torch or protobuf.
 
-A file is a row of records: length (8 bytes, little-endian), masked CRC of the length, data, masked CRC of the data. Data
+A file is a row of records: length (8 bytes, little-endian), masked CRC of the length, data, masked CRC of the
+data. Data
 is a protocol-buffer message `Event`; the fields that are used here:
 
     Event   1 wall_time (double)   2 step (varint)   3 file_version (text)   5 summary (Summary)
