@@ -135,6 +135,11 @@ class Screen:
                 continue
             if record.get("stage_number") != self._latest.get("stage_number"):
                 self._latest = {}
+            if "time/step" in record:  # phases of one step, and not of an evaluation, whose figures stay
+                evaluated = "heldout/reward" in record
+                times = record if evaluated else self._latest
+                for key in [key for key in times if key.startswith("time/")]:
+                    del times[key]
             self._latest |= record
             self._pace.observe(record)
 
