@@ -1,4 +1,4 @@
-"""Which figures are drawn together, and under which heading. What is in no chart here is drawn under "Everything else"."""
+"""Which figures are drawn together, and under which heading. All others are drawn under "Everything else"."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ SECTIONS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
         Chart("Norm of each term's gradient", ((r"gradient/(\w+)/norm", "{0}"),), scale="log"),
         Chart("Cosine of two terms' gradients", ((r"gradient/([\w.]+)/cosine", "{0}"),)),
         Chart("Tokens on which two terms oppose", (
-            (r"gradient/([\w.]+)/rows_opposed", "gradients: {0}"), (r"disagree/([\w.]+)", "slopes: {0}")), percent=True),
+            (r"gradient/([\w.]+)/rows_opposed", "gradients: {0}"), (r"disagree/([\w.]+)", "slopes: {0}")),
+            percent=True),
         Chart("Factor of each term", ((r"(\w+)/factor", "{0}"),)),
     )),
 )  # fmt: skip

@@ -126,7 +126,11 @@ def _plan(config: Mapping[str, Any], history: History) -> list[dict[str, str]]:
 
 
 def _short(value: Any) -> str:
-    return f"{value.get('kind')} {value.get('initial', '')}".strip() if isinstance(value, dict) else str(value)
+    """A factor: a number, or a schedule with where it starts."""
+    if not isinstance(value, dict):
+        return str(value)
+    start = value.get("value", value.get("initial", value.get("start", "")))
+    return str(start) if value.get("kind") == "constant" else f"{value.get('kind')} from {start}"
 
 
 def phases(history: History) -> dict[str, Any]:
@@ -153,19 +157,25 @@ def _seconds(record: Mapping[str, Any], name: str) -> float:
     return float(value) if isinstance(value, int | float) else 0.0
 
 
-def shares(history: History, prefix: str) -> dict[str, Any]:
-    """Figures that are parts of a whole, such as the tokens of each source: in bars of neighbouring steps, and in all."""
-    found = [r for r in history.records if any(k.startswith(prefix) for k in r)]
+def mixture(history: History) -> dict[str, Any]:
+    """Each source's share of a stage's tokens so far (`mixture/NAME`): in bars of steps, and at the end."""
+    found = [r for r in history.records if any(k.startswith("mixture/") for k in r)]
     names: dict[str, None] = {}
     for r in found:
-        names.update(dict.fromkeys(k.removeprefix(prefix) for k in r if k.startswith(prefix)))
+        names.update(dict.fromkeys(k.removeprefix("mixture/") for k in r if k.startswith("mixture/")))
 
-    def parts(records: Sequence[Mapping[str, Any]]) -> list[float]:
-        amounts = [sum(float(r.get(f"{prefix}{name}") or 0.0) for r in records) for name in names]
-        whole = sum(amounts)
-        return [amount / whole if whole else 0.0 for amount in amounts]
+    def parts(record: Mapping[str, Any]) -> list[float]:
+        values = [record.get(f"mixture/{name}") for name in names]
+        return [float(value) if isinstance(value, int | float) else 0.0 for value in values]
 
     size = max(1, -(-len(found) // MAX_BARS))
     groups = [found[i : i + size] for i in range(0, len(found), size)]
-    bars = [{"from": g[0]["x"], "to": g[-1]["x"], "parts": parts(g)} for g in groups]
-    return {"names": list(names), "bars": bars, "totals": parts(found)}
+    bars = [{"from": g[0]["x"], "to": g[-1]["x"], "parts": parts(g[-1])} for g in groups]
+    last = {r["stage_number"]: r for r in found}
+    totals = [
+        [f"{number + 1}. {r.get('stage', '')}", name, part]
+        for number, r in last.items()
+        for name, part in zip(names, parts(r), strict=True)
+        if f"mixture/{name}" in r
+    ]
+    return {"names": list(names), "bars": bars, "totals": totals}

@@ -24,13 +24,13 @@ from megatron_dgrpo.errors import DataError
 from megatron_dgrpo.observe import environment, events
 from megatron_dgrpo.observe.report import charts
 from megatron_dgrpo.observe.report.history import read_history
-from megatron_dgrpo.observe.report.overview import overview, phases, shares
-from megatron_dgrpo.observe.report.rollouts import read_rollouts, shown
+from megatron_dgrpo.observe.report.overview import mixture, overview, phases
+from megatron_dgrpo.observe.report.rollouts import NONE, Rollouts, shown
 
 MAX_EVENTS = 1000
 
 
-def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
+def write_report(run_dir: str | Path, out: str | Path | None = None, rollouts: Rollouts = NONE) -> Path:
     """The report of a run, in its folder or where it is asked for. Returns where it is."""
     folder = Path(run_dir)
     if not folder.is_dir():
@@ -38,7 +38,7 @@ def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
     if not any((folder / name).exists() for name in ("config.yaml", "metrics.jsonl", events.FILE)):
         raise DataError(f"{folder} has neither config.yaml nor metrics.jsonl: give the run_dir of a run")
     target = Path(out) if out else folder / "report.html"
-    text = page(gather(folder))
+    text = page(gather(folder, rollouts))
     aside = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         aside.write_text(text, encoding="utf-8")
@@ -48,7 +48,7 @@ def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
     return target
 
 
-def gather(folder: Path) -> dict[str, Any]:
+def gather(folder: Path, rollouts: Rollouts = NONE) -> dict[str, Any]:
     """All that the page shows."""
     notes: list[str] = []
     config = _yaml(folder / "config.yaml", notes)
@@ -71,8 +71,8 @@ def gather(folder: Path) -> dict[str, Any]:
         "sections": charts.sections(history),
         "profiles": charts.profiles(history),
         "phases": phases(history),
-        "mixture": shares(history, "mixture/"),
-        "rollouts": shown(read_rollouts(folder)),
+        "mixture": mixture(history),
+        "rollouts": shown(rollouts),
         "events": found_events.records[-MAX_EVENTS:],
         "notes": notes + history.notes,
         "config": _text(folder / "config.yaml"),

@@ -65,7 +65,7 @@
     const step = [1, 2, 5, 10].find((m) => m * power >= raw * 0.999) * power;
     const ticks = [];
     for (let t = Math.ceil(low / step - 1e-9) * step; t <= high + step * 1e-6; t += step) ticks.push(Math.abs(t) < step * 1e-6 ? 0 : t);
-    return ticks;
+    return { ticks, step };
   }
 
   function scaleOf(values, kind, percent) {
@@ -81,8 +81,9 @@
     }
     if (low >= 0 && low < high * 0.6) low = 0;
     const size = Math.max(Math.abs(low), Math.abs(high));
-    if (high - low <= size * 1e-9) { const room = size * 0.05 || 1; low -= low === 0 ? 0 : room; high += room; }
-    const ticks = linearTicks(low, high, 4), step = ticks.length > 1 ? ticks[1] - ticks[0] : high - low;
+    if (high - low <= size * 1e-9) { const room = size * 0.05 || (percent ? 0.01 : 1); low -= low === 0 ? 0 : room; high += room; }
+    const { ticks, step } = linearTicks(low, high, 4);
+    if (!ticks.length) ticks.push(Math.floor(low / step) * step);
     if (low < ticks[0] - step * 0.02) ticks.unshift(ticks[0] - step);
     if (high > ticks[ticks.length - 1] + step * 0.02) ticks.push(ticks[ticks.length - 1] + step);
     const a = Math.min(low, ticks[0]), b = Math.max(high, ticks[ticks.length - 1]);
@@ -122,7 +123,7 @@
   }
 
   function stepTicks(f, xLow, xHigh) {
-    for (const tick of linearTicks(xLow, xHigh, f.width > 500 ? 8 : 5)) {
+    for (const tick of linearTicks(xLow, xHigh, f.width > 500 ? 8 : 5).ticks) {
       if (Math.abs(tick - Math.round(tick)) > 1e-6) continue;
       shape(f.svg, "text", { x: f.toX(tick), y: HEIGHT - 6, "text-anchor": "middle" }, tick >= 1e4 ? trim((tick / 1000).toFixed(1)) + "k" : Math.round(tick));
     }
@@ -287,7 +288,10 @@
 
   function head() {
     const states = { done: "done", failed: "failed", interrupted: "interrupted", open: "not ended" };
-    main.append(make("div", { class: "head" }, make("h1", {}, data.title), make("span", { class: `pill ${data.state}` }, states[data.state])));
+    const slider = make("input", { type: "range", min: 0, max: 0.98, step: 0.01, value: 0 });
+    slider.oninput = () => { smoothing = Number(slider.value); refresh(); };
+    main.append(make("div", { class: "head" }, make("h1", {}, data.title), make("span", { class: `pill ${data.state}` }, states[data.state]),
+      make("label", {}, "smooth the curves", slider)));
     if (data.state_words) main.append(make("p", { class: `words ${data.state === "failed" ? "failed" : "soft"}` }, data.state_words));
     main.append(navigation);
     if (data.notes.length) main.append(make("div", { class: "notes" }, ...data.notes.map((note) => make("p", {}, note))));
@@ -341,8 +345,8 @@
     if (!names.length) return;
     const percent = Object.assign((v) => number(v, true), { percent: true });
     section("The mixture that was seen", make("div", { class: "split" },
-      barChart("Share of the tokens", names, bars.map((b) => ({ from: b.from, to: b.to, values: b.parts })), percent, 1),
-      make("div", { class: "card" }, make("h3", {}, "In all"), table([["Source"], ["Share", "number"]], names.map((name, i) => [name, `${(totals[i] * 100).toFixed(2)} %`])))));
+      barChart("Share of the stage's tokens so far", names, bars.map((b) => ({ from: b.from, to: b.to, values: b.parts })), percent, 1),
+      make("div", { class: "card" }, make("h3", {}, "In all"), table([["Stage"], ["Source"], ["Share", "number"]], totals.map(([stage, name, part]) => [stage, name, `${(part * 100).toFixed(2)} %`])))));
   }
 
   function rollouts() {
@@ -354,13 +358,13 @@
     const step = make("select", { "aria-label": "Step" }, make("option", { value: "" }, "all steps"), ...steps.map((s) => make("option", { value: s }, stepAt(s))));
     const order = make("select", { "aria-label": "Order" }, ...[["step", "first steps first"], ["last", "last steps first"], ["high", "highest reward first"], ["low", "lowest reward first"], ["long", "longest first"]]
       .map(([value, label]) => make("option", { value }, label)));
-    const search = make("input", { type: "search", placeholder: "text in prompt or response", "aria-label": "Search" });
+    const search = make("input", { type: "search", placeholder: "search the texts", "aria-label": "Search" });
     const by = { step: (a, b) => at(a) - at(b), last: (a, b) => at(b) - at(a), high: (a, b) => b.total - a.total, low: (a, b) => a.total - b.total, long: (a, b) => b.tokens - a.tokens };
     let found = [], shownCount = 0;
     const card = (item) => make("article", { class: "rollout" },
       make("header", {}, make("b", {}, stepAt(at(item))), ...Object.entries(item.rewards).map(([name, value]) => make("span", {}, `${name} `, make("b", {}, value))),
         make("span", {}, `${item.tokens} tokens`), make("span", { class: item.finish === "length" ? "warning" : "" }, item.finish === "length" ? "cut at max_tokens" : item.finish), item.name ? make("span", {}, item.name) : null),
-      make("div", { class: "text" }, make("div", { class: "who" }, "prompt"), make("pre", {}, item.prompt)),
+      make("div", { class: "text prompt" }, make("div", { class: "who" }, "prompt"), make("pre", {}, item.prompt)),
       make("div", { class: "text" }, make("div", { class: "who" }, "response"), make("pre", {}, item.response)));
     const extend = () => {
       list.append(...found.slice(shownCount, shownCount + 10).map(card));
@@ -410,9 +414,6 @@
   rollouts();
   happenings();
   settings();
-  const slider = make("input", { type: "range", min: 0, max: 0.98, step: 0.01, value: 0, "aria-label": "Smoothing of the curves" });
-  slider.oninput = () => { smoothing = Number(slider.value); refresh(); };
-  navigation.append(make("label", {}, "smoothing", slider));
   refresh();
   let width = window.innerWidth;
   window.addEventListener("resize", () => { if (window.innerWidth !== width) { width = window.innerWidth; requestAnimationFrame(refresh); } });

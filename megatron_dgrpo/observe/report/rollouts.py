@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 MAX_SHOWN = 240
@@ -68,6 +67,4 @@ def shown(rollouts: Rollouts) -> dict[str, Any]:
     return {"items": items, "note": note}
 
 
-def read_rollouts(run_dir: Path) -> Rollouts:
-    """The samples that a run keeps."""
-    return Rollouts(note="This run keeps no rollouts, so there are none to read here.")
+NONE = Rollouts(note="This run keeps no rollouts, so there are none to read here.")
