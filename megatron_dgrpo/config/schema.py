@@ -232,7 +232,7 @@ class DGRPO(Stage):
     preflight: bool = True
     """Before the first update, check on its batch that the teacher's signal arrives and is the right one; the cost is
     about a forward of the teacher. A failed check ends the run."""
-    diagnostics_every: NonNegativeInt = 10
+    diagnostics_every: NonNegativeInt = 50
     """Compare the norms and directions of the terms' gradients at the first step and every so many (0: never)."""
 
 

@@ -12,7 +12,7 @@ import json
 import os
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 VARIABLE = "DGRPO_PROGRESS"
@@ -44,25 +44,23 @@ class Board:
         self._path = Path(path) if path else None
         self._state = State()
         self._written_at = 0.0
+        self._done = 0.0
 
     def step(self, stage: str, number: int, step: int, steps: int) -> None:
         """A step begins."""
-        self._set(replace(self._state, stage=stage, stage_number=number, step=step, steps=steps), now=True)
+        self._set(replace(self._state, stage=stage, stage_number=number, step=step, steps=steps))
 
     @contextlib.contextmanager
     def task(self, what: str, total: float = 0, unit: str = "") -> Iterator[Task]:
         """Something long begins, and ends with the context; one inside another stands in its place meanwhile."""
-        before = self._state
+        before = replace(self._state, done=self._done)
         task = Task(self)
-        self._set(replace(before, what=what, done=0, total=total, unit=unit, began=time.time()), now=True)
+        self._set(replace(before, what=what, done=0, total=total, unit=unit, began=time.time()))
         try:
             yield task
         finally:
-            now = self._state
-            self._set(
-                replace(before, stage=now.stage, stage_number=now.stage_number, step=now.step, steps=now.steps),
-                now=True,
-            )
+            at = self._state  # a step may have begun inside
+            self._set(replace(before, stage=at.stage, stage_number=at.stage_number, step=at.step, steps=at.steps))
 
     def over[T](self, items: Iterable[T], what: str, total: float, unit: str = "") -> Iterator[T]:
         """The items, each counted when the next one is asked for."""
@@ -72,17 +70,22 @@ class Board:
                 task.advance()
 
     def advance(self, amount: float) -> None:
-        self._set(replace(self._state, done=self._state.done + amount))
+        """Called for every sample, row or tensor: the file is written now and then."""
+        self._done += amount
+        if self._path is not None and time.monotonic() - self._written_at >= _SECONDS_BETWEEN_WRITES:
+            self._write()
 
-    def _set(self, state: State, now: bool = False) -> None:
-        self._state = state
-        moment = time.monotonic()
-        if self._path is None or (not now and moment - self._written_at < _SECONDS_BETWEEN_WRITES):
+    def _set(self, state: State) -> None:
+        self._state, self._done = state, state.done
+        self._write()
+
+    def _write(self) -> None:
+        if self._path is None:
             return
-        self._written_at = moment
+        self._written_at = time.monotonic()
         aside = self._path.with_suffix(".new")
         with contextlib.suppress(OSError):  # the folder goes with the supervisor; to be unseen is no reason to fail
-            aside.write_text(json.dumps(asdict(state)), encoding="utf-8")
+            aside.write_text(json.dumps(vars(self._state) | {"done": self._done}), encoding="utf-8")
             aside.replace(self._path)
 
 

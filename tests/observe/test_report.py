@@ -218,7 +218,7 @@ def _shows_what_the_run_had(browser: Browser) -> None:
     assert titles == ["Learning", "Is it sound?", "Balance of the terms", "By position", "Where the time goes",
                       "The mixture that was seen", "Rollouts", "Events", "What was run"]  # fmt: skip
     charts = browser.value("[...document.querySelectorAll('h3')].map(n => n.textContent)")
-    expected = ("Reward", "KL to the teacher", "Entropy of the policy", "Mismatch of trainer and engine", "Learning rate",
+    expected = ("Reward", "KL to the teacher", "Entropy of the policy", "Learning rate",
                 "Tokens whose gradient is clipped away", "Norm of each term's gradient")  # fmt: skip
     for title in expected:
         assert title in charts

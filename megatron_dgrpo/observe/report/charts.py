@@ -69,7 +69,7 @@ def sections(history: History) -> list[dict[str, Any]]:
     """What the run has of the charts above, then everything else, a chart per group of names."""
     keys = history.keys()
     used: set[str] = set()
-    result = []
+    result: list[dict[str, Any]] = []
     for title, charts in SECTIONS:
         drawn = [chart for chart in (_chart(history, chart, keys, used) for chart in charts) if chart]
         if drawn:
