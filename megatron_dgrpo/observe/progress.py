@@ -1,8 +1,8 @@
 """How far something long is: a process writes it on its board, the supervisor, who has the terminal, shows it.
 
 A board is a small file that the supervisor names in the environment of each process that it starts (DGRPO_PROGRESS). It
-is replaced as a whole, so that whoever reads it sees a whole state, and at most a few times a second. A process without
-a board (a test, a tool) writes nothing.
+is written in place, since renaming a file over another waits for the disk, and at most a few times a second; a checksum
+tells a state of which only a part has been written. A process without a board (a test, a tool) writes nothing.
 """
 
 from __future__ import annotations
@@ -11,12 +11,16 @@ import contextlib
 import json
 import os
 import time
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from io import FileIO
 from pathlib import Path
 
 VARIABLE = "DGRPO_PROGRESS"
 _SECONDS_BETWEEN_WRITES = 0.2
+_SIZE = 1024
+"""Bytes of a board: a shorter state is filled up, so that nothing of a longer one stays."""
 
 
 @dataclass(frozen=True)
@@ -43,16 +47,18 @@ class Board:
         path = path or os.environ.get(VARIABLE)
         self._path = Path(path) if path else None
         self._state = State()
+        self._file: FileIO | None = None
         self._written_at = 0.0
         self._done = 0.0
 
     def step(self, stage: str, number: int, step: int, steps: int) -> None:
         """A step begins."""
-        self._set(replace(self._state, stage=stage, stage_number=number, step=step, steps=steps))
+        self._set(replace(self._state, done=self._done, stage=stage, stage_number=number, step=step, steps=steps))
 
     @contextlib.contextmanager
     def task(self, what: str, total: float = 0, unit: str = "") -> Iterator[Task]:
         """Something long begins, and ends with the context; one inside another stands in its place meanwhile."""
+        what = what if len(what) <= 100 else f"...{what[-97:]}"
         before = replace(self._state, done=self._done)
         task = Task(self)
         self._set(replace(before, what=what, done=0, total=total, unit=unit, began=time.time()))
@@ -83,10 +89,12 @@ class Board:
         if self._path is None:
             return
         self._written_at = time.monotonic()
-        aside = self._path.with_suffix(".new")
+        text = json.dumps(vars(self._state) | {"done": self._done}).encode()
+        content = b"%08x %s" % (zlib.crc32(text), text)
         with contextlib.suppress(OSError):  # the folder goes with the supervisor; to be unseen is no reason to fail
-            aside.write_text(json.dumps(vars(self._state) | {"done": self._done}), encoding="utf-8")
-            aside.replace(self._path)
+            if self._file is None:
+                self._file = self._path.open("wb", buffering=0)
+            os.pwrite(self._file.fileno(), content.ljust(_SIZE), 0)
 
 
 class Task:
@@ -98,8 +106,9 @@ class Task:
 
 
 def read_board(path: str | Path) -> State | None:
-    """None where there is none (yet)."""
+    """None where there is none yet, or only a part of a state."""
     try:
-        return State(**json.loads(Path(path).read_text(encoding="utf-8")))
+        checksum, _, text = Path(path).read_bytes().rstrip().partition(b" ")
+        return State(**json.loads(text)) if checksum == b"%08x" % zlib.crc32(text) else None
     except (OSError, ValueError, TypeError):
         return None

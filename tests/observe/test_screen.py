@@ -41,8 +41,9 @@ def test_a_board_says_what_is_long_and_what_it_stands_in(tmp_path: Path) -> None
         assert state is not None and (state.what, state.total, state.step) == ("sync", 0, 4)
     state = read_board(tmp_path / "board-rank0.json")
     assert state is not None and state.what == "" and state.step == 4
-    (tmp_path / "board-rank0.json").write_text('{"what": "lo')
-    assert read_board(tmp_path / "board-rank0.json") is None
+    whole = (tmp_path / "board-rank0.json").read_bytes()
+    (tmp_path / "board-rank0.json").write_bytes(whole.replace(b'"step": 4', b'"step": 5'))
+    assert read_board(tmp_path / "board-rank0.json") is None, "half of another state"
 
 
 def test_without_a_supervisor_or_its_folder_a_board_is_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

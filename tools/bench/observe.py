@@ -91,7 +91,7 @@ def updates(rank: int, world: int, folder: str, rollouts: list[Trajectory], coun
         finally:
             inside[0] += time.process_time() - start
 
-    update._metrics = timed
+    vars(update)["_metrics"] = timed
     for step in range(count + 1):
         balance = step % 2 == 1
         inside[0], start = 0.0, time.process_time()
