@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from megatron_dgrpo.checkpoint.hf.families import read_spec, rope_parameters
@@ -12,7 +13,7 @@ from megatron_dgrpo.errors import ConfigError
 from megatron_dgrpo.launch.preflight import check_models
 from megatron_dgrpo.launch.supervisor import Supervisor
 from megatron_dgrpo.observe.environment import write_environment
-from megatron_dgrpo.observe.events import run_events
+from megatron_dgrpo.observe.events import EventLog, run_events
 
 _CHECK_S = 3600.0
 """All data is read and tokenised once."""
@@ -70,8 +71,12 @@ def _check_data(supervisor: Supervisor, resolved: Path) -> None:
     answer = supervisor.private_dir / "problems"
     arguments = {"config_path": str(resolved), "answer_path": str(answer)}
     supervisor.run_check("megatron_dgrpo.train.checks:main", arguments, timeout_s=_CHECK_S)
-    if problems := answer.read_text(encoding="utf-8"):
-        raise ConfigError(problems)
+    found = json.loads(answer.read_text(encoding="utf-8"))
+    if found["problems"]:
+        raise ConfigError(found["problems"])
+    for note in found["notes"]:
+        supervisor.say(note)
+        EventLog(resolved.parent).write("data", note, level="warning")
 
 
 def used_engines(config: Config) -> list[str]:

@@ -165,6 +165,11 @@ class Supervisor:
         self.wait_until(lambda: child.returncode is not None, what="The checks had not ended", timeout_s=timeout_s)
         self.processes = [process for process in self.processes if process.child is not child]
 
+    def say(self, words: str) -> None:
+        """Onto standard output, without disturbing what is shown there."""
+        if self._screen:
+            self._screen.say(words)
+
     def start_engine(
         self, name: str, target: str, args: Mapping[str, Any], *, threads: int = 1, env: Mapping[str, str] | None = None
     ) -> Child:

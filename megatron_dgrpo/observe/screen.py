@@ -68,6 +68,10 @@ class Screen:
     def tick(self) -> None:
         self._show(last=False)
 
+    def say(self, words: str) -> None:
+        """A line of the one who has the terminal."""
+        self._guarded(lambda: self._print(words))
+
     def close(self) -> None:
         self._show(last=True)
         if self._live is not None:
