@@ -118,8 +118,9 @@ def _plan(config: Mapping[str, Any], history: History) -> list[dict[str, str]]:
             parts.append(f"temperature {sampling.get('temperature')}, at most {sampling.get('max_tokens')} tokens")
         if isinstance(optimizer := settings.get("optimizer"), dict):
             parts.append(f"lr {optimizer.get('lr')}")
-        if isinstance(data := settings.get("data"), dict) and data.get("path"):
-            parts.append(str(data["path"]))
+        if isinstance(data := settings.get("data"), dict):
+            sources = [s for s in data.get("mixture") or [data] if isinstance(s, dict)]
+            parts.append(" + ".join(str(s.get("path") or s.get("hub")) for s in sources))
         lines.append({"name": f"{stage.number + 1}. {stage.kind}", "done": f"{stage.done} / {stage.steps}",
                       "settings": " · ".join(parts)})  # fmt: skip
     return lines
