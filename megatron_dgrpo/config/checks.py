@@ -15,6 +15,7 @@ from typing import Any
 
 from megatron_dgrpo.config import stages
 from megatron_dgrpo.config.explain import nearest
+from megatron_dgrpo.config.mismatch import problems as mismatch_problems
 from megatron_dgrpo.config.objective import problems as objective_problems
 from megatron_dgrpo.config.schema import Config
 from megatron_dgrpo.config.stages import dgrpo_stages, samplers
@@ -139,6 +140,7 @@ def _teachers(config: Config) -> Iterator[str]:
 def _objectives(config: Config) -> Iterator[str]:
     for path, stage in dgrpo_stages(config):
         yield from (f"{path}.objective.{problem}" for problem in objective_problems(stage.objective))
+        yield from (f"{path}.mismatch.{problem}" for problem in mismatch_problems(stage.mismatch))
 
 
 def _engines(config: Config) -> Iterator[str]:

@@ -164,7 +164,7 @@ Divergence = Annotated[ReverseKL | ForwardKL | JSD, Field(discriminator="kind"),
 Estimator = Annotated[Exact | TopK | Sampled | K2 | K3, Field(discriminator="kind"), BeforeValidator(_estimator)]
 
 
-# ---- corrections for the engine's arithmetic; exp(trainer's - engine's log-prob) at the same weights is their ratio ----
+# ---- corrections for the engine's arithmetic; the ratio is exp(trainer's - engine's log-prob at the same weights) ----
 
 
 class Truncated(Frozen):

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from megatron_dgrpo.config.frozen import Frozen
+from megatron_dgrpo.config.mismatch import Mismatch
 from megatron_dgrpo.config.objective import Objective
 
 DType = Literal["float32", "bfloat16", "float64"]
@@ -228,6 +229,8 @@ class DGRPO(Stage):
     sampling: Sampling
     rewards: Annotated[tuple[Reward, ...], Field(min_length=1)]
     objective: Objective = Objective()
+    mismatch: Mismatch = Mismatch()
+    """What is done where the trainer's log-probs of the sampled tokens differ from the engine's."""
     preflight: bool = True
     """Before the first update, check on its batch that the teacher's signal arrives and is the right one; the cost is
     about a forward of the teacher. A failed check ends the run."""

@@ -10,6 +10,7 @@ import numpy as np
 
 from megatron_dgrpo.algorithms.build import dgrpo_loss, dgrpo_streams, head_options
 from megatron_dgrpo.algorithms.factors import Factors
+from megatron_dgrpo.algorithms.mismatch import check_mismatch
 from megatron_dgrpo.config.schema import DGRPO
 from megatron_dgrpo.data.dataset import PromptSource
 from megatron_dgrpo.observe.silence import SilentSteps
@@ -60,7 +61,10 @@ def run_dgrpo(run: Run, stage: DGRPO, number: int) -> None:
             if len(work) > 1:  # the later updates need the log-probs that the batch began with
                 work = [replace(item, streams=old_logprobs(student, item)) for item in work]
             for update, item in enumerate(work, 1):
-                metrics = compute_gradients(student, item) | student.update()
+                metrics = compute_gradients(student, item)
+                if warning := check_mismatch(stage.mismatch, metrics, f"stages.{number}"):
+                    run.note(f"step {step}, update {update}: {warning}")
+                metrics |= student.update()
                 seen.append(metrics)
                 run.version += 1
                 last = update == len(work)

@@ -330,3 +330,12 @@ def test_run_dir(folder: Path) -> None:
     assert problem.startswith("run_dir: data/train.jsonl is no folder")
     (problem,) = file_problems(spoilt(("run_dir", "data/train.jsonl/below")))
     assert "cannot be made" in problem and "train.jsonl is no folder" in problem
+
+
+def test_corrections_and_limits_of_the_mismatch() -> None:
+    problem = only(("stages.1.objective.correction", {"kind": "masked", "low": 1.5}))
+    assert problem.startswith("stages.1.objective.correction: a ratio of 1 is outside of low=1.5 and high=5")
+    assert not problems(spoilt(("stages.1.objective.correction", "masked")))
+    problem = only(("stages.1.mismatch", {"warn": {"p99": 2}, "stop": {"p99": 1}}))
+    assert problem.startswith("stages.1.mismatch.warn.p99: 2 is above stop.p99=1")
+    assert not problems(spoilt(("stages.1.mismatch", {"stop": {"k3": 1e-3}})))  # the default of warn gives way
