@@ -12,6 +12,7 @@ from megatron_dgrpo.algorithms.build import dgrpo_loss, dgrpo_streams, head_opti
 from megatron_dgrpo.algorithms.factors import Factors
 from megatron_dgrpo.algorithms.mismatch import check_mismatch
 from megatron_dgrpo.config.schema import DGRPO
+from megatron_dgrpo.config.stages import shaping_note
 from megatron_dgrpo.data.dataset import PromptSource
 from megatron_dgrpo.observe.silence import SilentSteps
 from megatron_dgrpo.observe.timers import Phases
@@ -30,6 +31,8 @@ def run_dgrpo(run: Run, stage: DGRPO, number: int) -> None:
     factors = Factors(stage.objective, dgrpo_loss(stage.objective)[0])
     silent = SilentSteps()
     student.start_optimizer(stage.optimizer)
+    if words := shaping_note(stage):
+        run.note(words)
     evaluate(run, number, 0)
     for step in range(1, stage.steps + 1):
         phases = Phases()
