@@ -5,7 +5,7 @@ import signal
 
 import numpy as np
 import pytest
-from rollout_support import BLOCK, CONTEXT, VOCAB, difference, engine_host
+from rollout_support import BLOCK, VOCAB, difference, engine_host
 
 from megatron_dgrpo.rollout.client import EngineClient
 from megatron_dgrpo.rollout.messages import GenerateRequest, Shaping, sample_seed
@@ -131,23 +131,29 @@ def die_in_the_middle(address, key):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def alone():
+    """A single sample, whose bits change with a cached block of its prompt, and with company."""
+    return [request("s", BLOCK + 1, (3,), 16)]
+
+
 @pytest.mark.parametrize("chunked_prefill", [None, 100], ids=["whole", "pieces"])
 def test_a_deterministic_engine_gives_the_same_bits_whatever_was_before(untied_folders, chunked_prefill):
     settings = {"deterministic": True, "max_num_seqs": 16, "chunked_prefill": chunked_prefill}
     with engine_host(untied_folders[0], **settings) as host:
-        first = bits(host.client.generate(batch(), deadline_s=60))
+        first, single = (bits(host.client.generate(asked(), deadline_s=60)) for asked in (batch, alone))
         assert len(first) == 20
-        host.answers([request("else", CONTEXT - 50, range(7), 30), request("p0", BLOCK, (9,), 5)])
         with pytest.raises(AssertionError, match="SIGKILL"):
             run_forked(die_in_the_middle, host.address, host.key)
+        assert bits(host.client.generate(alone(), deadline_s=60)) == single
         assert bits(host.client.generate(batch(), deadline_s=60)) == first
         # calls that come meanwhile wait for their turn, and one that is given up is never begun
-        others = [host.connect() for _ in range(3)]
+        others = [host.connect() for _ in range(4)]
         running = host.client.generate(batch(), deadline_s=60)
-        waiting = [other.generate(batch(), deadline_s=60) for other in others]
-        waiting[1].close()
-        others[2].close()
-        assert bits(running) == first and bits(waiting[0]) == first
+        waiting = [other.generate((alone if i < 2 else batch)(), deadline_s=60) for i, other in enumerate(others)]
+        waiting[2].close()
+        others[3].close()
+        assert bits(running) == first and bits(waiting[0]) == bits(waiting[1]) == single
         assert host.client.describe().num_unfinished == 0
     with engine_host(untied_folders[0], **settings) as another:
+        assert bits(another.client.generate(alone(), deadline_s=60)) == single
         assert bits(another.client.generate(batch(), deadline_s=60)) == first

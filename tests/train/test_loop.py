@@ -148,22 +148,6 @@ def test_what_is_wrong_is_said_before_anything_starts(files: Path, tmp_path: Pat
     assert not (tmp_path / "run").exists()
 
 
-def test_a_mismatch_beyond_its_limits_warns_or_ends_the_run(
-    files: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    config = _config(files, tmp_path / "run")
-    config["stages"] = [config["stages"][2] | {"mismatch": {"warn": {"abs": 1e-12}, "stop": {"max": 1.0}}}]
-    assert train(load(_write(tmp_path, config))) == 0
-    assert "step 1, update 1: The trainer's and the engine's log-probs" in capfd.readouterr().out
-    config |= {"run_dir": str(tmp_path / "stopped")}
-    config["stages"][0]["mismatch"] = {"stop": {"abs": 1e-12}, "warn": {}}
-    assert train(load(_write(tmp_path, config))) == 1
-    said = capfd.readouterr().err
-    assert "no weight was changed" in said and "mismatch/abs is" in said and "stages.0.mismatch.stop" in said
-    records = read_metrics(tmp_path / "stopped/metrics.jsonl").records
-    assert not [r for r in records if "update" in r] and not (tmp_path / "stopped/hf").exists()
-
-
 def test_bad_data_is_an_error_of_the_config_and_starts_no_rank(files: Path, tmp_path: Path) -> None:
     config = _config(files, tmp_path / "run")
     rows = (files / "task/train.jsonl").read_text().splitlines()[:3]
