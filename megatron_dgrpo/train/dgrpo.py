@@ -30,8 +30,8 @@ def run_dgrpo(run: Run, stage: DGRPO, number: int) -> None:
     factors = Factors(stage.objective, dgrpo_loss(stage.objective)[0])
     silent = SilentSteps()
     student.start_optimizer(stage.optimizer)
-    if words := shaping_note(stage):
-        run.note(words)
+    if note := shaping_note(stage):
+        run.note(note)
     evaluate(run, number, 0)
     for step in range(1, stage.steps + 1):
         phases = Phases()

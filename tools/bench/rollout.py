@@ -211,7 +211,7 @@ def main() -> int:
                 speeds[name].append(tokens / seconds)
                 clocks[name].append(tokens / clock)
         best = {name: max(found) for name, found in speeds.items()}
-        shape = {"prompt": prompt_tokens, "tokens": max_tokens, "samples": 8, "rounds": rounds}
+        shape: dict[str, Any] = {"prompt": prompt_tokens, "tokens": max_tokens, "samples": 8, "rounds": rounds}
         for name, found in speeds.items():
             by_clock = max(clocks[name])
             report.line(
