@@ -17,6 +17,7 @@ from megatron_dgrpo.config import stages
 from megatron_dgrpo.config.data import ROW_FILES, SAVED_DATASET, Dataset
 from megatron_dgrpo.config.data import problems as data_problems
 from megatron_dgrpo.config.explain import nearest
+from megatron_dgrpo.config.mismatch import problems as mismatch_problems
 from megatron_dgrpo.config.objective import problems as objective_problems
 from megatron_dgrpo.config.schema import SFT, Config
 from megatron_dgrpo.config.stages import dgrpo_stages, samplers
@@ -38,7 +39,7 @@ def problems(config: Config) -> list[str]:
     """What is contradictory; touches nothing outside the config."""
     rules: tuple[Callable[[Config], Iterator[str]], ...] = (
         _numbers, _model_names, _layouts, _teachers, _engines, _data, _objectives, stages.rewards, stages.batches,
-        stages.lengths,
+        stages.lengths, stages.shaping,
     )  # fmt: skip
     return [problem for rule in rules for problem in rule(config)]
 
@@ -153,6 +154,7 @@ def _data(config: Config) -> Iterator[str]:
 def _objectives(config: Config) -> Iterator[str]:
     for path, stage in dgrpo_stages(config):
         yield from (f"{path}.objective.{problem}" for problem in objective_problems(stage.objective))
+        yield from (f"{path}.mismatch.{problem}" for problem in mismatch_problems(stage.mismatch))
 
 
 def _engines(config: Config) -> Iterator[str]:

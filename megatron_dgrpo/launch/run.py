@@ -47,7 +47,13 @@ def train(config: Config) -> int:
             supervisor.start_engine(
                 f"engine-{name}",
                 "megatron_dgrpo.rollout.host:serve",
-                _engine_args(engine, config.models[engine.model], addresses[name], supervisor.key),
+                _engine_args(
+                    engine,
+                    config.models[engine.model],
+                    addresses[name],
+                    supervisor.key,
+                    deterministic=config.rollout.deterministic,
+                ),
                 threads=engine.threads,
             )
         supervisor.watch()
@@ -87,7 +93,7 @@ def used_engines(config: Config) -> list[str]:
     return [name for name in config.engines if name in wanted]
 
 
-def _engine_args(engine: Engine, model: Model, address: str, key: str) -> dict[str, object]:
+def _engine_args(engine: Engine, model: Model, address: str, key: str, *, deterministic: bool) -> dict[str, object]:
     return {
         "address": address,
         "key": key,
@@ -98,6 +104,8 @@ def _engine_args(engine: Engine, model: Model, address: str, key: str) -> dict[s
         "max_num_seqs": engine.max_num_seqs,
         "prefix_cache": engine.prefix_cache,
         "threads": engine.threads,
+        "chunked_prefill": engine.chunked_prefill,
+        "deterministic": deterministic,
         "hf_overrides": _rope(model),
     }
 

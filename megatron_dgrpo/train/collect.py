@@ -14,7 +14,7 @@ from megatron_dgrpo.errors import RolloutError, listing
 from megatron_dgrpo.observe.timers import Phases
 from megatron_dgrpo.packing.trajectory import Segment, Trajectory
 from megatron_dgrpo.rewards.compose import Rewards
-from megatron_dgrpo.rollout.messages import Completion, GenerateRequest, sample_seed
+from megatron_dgrpo.rollout.messages import Completion, GenerateRequest, Shaping, sample_seed
 from megatron_dgrpo.train.run import Run
 
 _SCORING_S = 600.0
@@ -56,6 +56,7 @@ def _request(run: Run, row: PromptRow, sampling: Sampling, num_samples: int, see
         max_tokens=sampling.max_tokens,
         temperature=sampling.temperature,
         stop_token_ids=run.tokenizer.eos_ids,
+        shaping=Shaping(**sampling.shaping),  # type: ignore[arg-type]
     )
 
 
