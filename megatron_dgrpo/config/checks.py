@@ -35,7 +35,7 @@ def problems(config: Config) -> list[str]:
     """What is contradictory; touches nothing outside the config."""
     rules: tuple[Callable[[Config], Iterator[str]], ...] = (
         _numbers, _model_names, _layouts, _teachers, _engines, _objectives, stages.rewards, stages.batches,
-        stages.lengths,
+        stages.schedules, stages.lengths,
     )  # fmt: skip
     return [problem for rule in rules for problem in rule(config)]
 
