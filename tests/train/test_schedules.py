@@ -163,6 +163,7 @@ def test_an_update_out_of_parts_is_the_whole_batchs(folders: tuple[str, str], ax
             chosen = CHUNKS.values() if prompts and not axes else [ONE_BY_ONE]
             cases += [(settings | {"schedule": "periodic"}, _chunks(order)) for order in chosen]
     ranks = run_distributed(_updated, Layout(**axes).world_size, *folders, axes, cases, timeout_s=300)
+    synchronous: Any = None
     for number, (settings, chunks) in enumerate(cases):
         outcome = [rank[number] for rank in ranks]
         room = settings.get("micro_batch_tokens", ROOM)
