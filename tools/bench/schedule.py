@@ -9,6 +9,7 @@ draws from the same distribution of lengths: about geometric, cut at `max_tokens
 
 `ratio` is the synchronous schedule's time over the periodic one's. `generate_s` and `train_s` are the parts of the
 synchronous time; `bound` is what the ratio would be if the lesser of the two were hidden behind the other altogether.
+`ratios` are those of the single turns.
 `versions` are the greatest number of weight versions in any step, by the journal.
 """
 
@@ -40,9 +41,18 @@ def make_models(folder: Path) -> None:
 
     files = write_one_hop(folder / "task", num_train=1024, num_heldout=1)
     words = [str(word) for word in range(files.vocab_size - 3)]
-    for seed, name in enumerate(("student", "teacher")):
-        sizes = {"vocab_size": files.vocab_size, "hidden": 64, "heads": 2, "kv_heads": 1, "layers": 2}
-        save_tiny_qwen3(folder / name, **sizes, std=0.02, seed=seed, special_ids=files.special_ids)
+    for seed, (name, hidden, layers) in enumerate((("student", 128, 2), ("teacher", 256, 6))):
+        save_tiny_qwen3(
+            folder / name,
+            vocab_size=files.vocab_size,
+            hidden=hidden,
+            layers=layers,
+            heads=hidden // 32,
+            kv_heads=hidden // 64,
+            std=0.02,
+            seed=seed,
+            special_ids=files.special_ids,
+        )
         save_tokenizer(folder / name, words)
         for file in ("tokenizer.json", "tokenizer_config.json"):
             (folder / name / file).write_bytes((folder / "task" / file).read_bytes())
@@ -127,6 +137,7 @@ def measure(folder: Path, rounds: int, num_steps: int, prompts: int) -> bool:
     assert all(len(pids) == 1 for pids in pinning.pinned.values()), "engine and trainer were not found"
     total: dict[str, float] = {}
     lengths: list[float] = []
+    seconds = [0.0] * (2 * rounds)
     for record in read_metrics(folder / "run/metrics.jsonl").records:
         if record["stage_number"] == 0:
             continue
@@ -134,6 +145,7 @@ def measure(folder: Path, rounds: int, num_steps: int, prompts: int) -> bool:
         for name in ("step", "generate", "score", "pack", "teach", "train", "sync"):
             total[f"{kind}/{name}"] = total.get(f"{kind}/{name}", 0.0) + record.get(f"time/{name}", 0.0)
         lengths.append(record["response/length"])
+        seconds[record["stage_number"] - 1] += record["time/step"]
     parts = {
         "generate_s": total["synchronous/generate"] + total["synchronous/score"],
         "train_s": sum(total[f"synchronous/{name}"] for name in ("pack", "teach", "train")),
@@ -149,6 +161,7 @@ def measure(folder: Path, rounds: int, num_steps: int, prompts: int) -> bool:
         **parts,
         "waited_s": total["periodic/generate"],
         "bound": total["synchronous/step"] / (total["synchronous/step"] - min(parts.values())),
+        "ratios": [float(f"{seconds[i] / seconds[i + 1]:.3g}") for i in range(0, 2 * rounds, 2)],
         "versions": versions_per_step(folder / "run"),
         "ratio": ratio,
         "target": TARGET,
@@ -167,7 +180,7 @@ def main() -> int:
     if arguments.make:
         make_models(arguments.make)
         return 0
-    rounds, num_steps, prompts = (2, 1, 16) if arguments.quick else (3, 3, 32)
+    rounds, num_steps, prompts = (2, 1, 16) if arguments.quick else (5, 2, 16)
     if arguments.folder:
         arguments.folder.mkdir(parents=True)
         return int(not measure(arguments.folder, rounds, num_steps, prompts))
