@@ -11,7 +11,7 @@ from test_update_parity import SIZES, _responses, _trajectories
 
 from megatron_dgrpo.config.schema import Layout
 from megatron_dgrpo.packing.trajectory import Trajectory
-from megatron_dgrpo.testing import run_distributed
+from megatron_dgrpo.testing import run_distributed, run_forked
 from megatron_dgrpo.testing.gradients import gather_data_parallel_gradients, pieces, relative_error, whole
 from megatron_dgrpo.testing.tiny import save_tiny
 
@@ -212,3 +212,26 @@ def _twice_reduced(rank: int, world: int, folder: str, teacher: str) -> float:
 
 def test_reducing_every_part_would_be_seen(folders: tuple[str, str]) -> None:
     assert max(run_distributed(_twice_reduced, 2, *folders)) > 1e-2
+
+
+def _of_two_passes() -> str:
+    from megatron_dgrpo.algorithms.losses import Loss
+    from megatron_dgrpo.algorithms.sequence_terms import SequenceSurrogate
+    from megatron_dgrpo.errors import ObjectiveError
+    from megatron_dgrpo.train import tally
+
+    (stage,) = _config("none", "none", {}, schedule="periodic").stages
+    tally.check_schedule(stage)
+    tally.dgrpo_loss = lambda objective: (Loss((SequenceSurrogate(),)), {})  # type: ignore[attr-defined]
+    (synchronous,) = _config("none", "none", {}).stages
+    tally.check_schedule(synchronous)
+    try:
+        tally.check_schedule(stage)
+    except ObjectiveError as error:
+        return str(error)
+    return ""
+
+
+def test_terms_that_look_at_the_whole_batch_first_are_refused() -> None:
+    said = run_forked(_of_two_passes)
+    assert "must see every sequence of the batch" in said and "set schedule=synchronous" in said
