@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_dgrpo.config.schema import Reward, Sampling
-from megatron_dgrpo.data.dataset import PromptRow
+from megatron_dgrpo.data.chat import prompt_ids
+from megatron_dgrpo.data.rows import PromptRow
 from megatron_dgrpo.errors import RolloutError, listing
 from megatron_dgrpo.observe.timers import Phases
 from megatron_dgrpo.packing.trajectory import Segment, Trajectory
@@ -88,7 +89,7 @@ def _check(run: Run, completion: Completion, pending: dict[str, dict[int, Comple
 def _request(run: Run, row: PromptRow, asked: Asked) -> GenerateRequest:
     return GenerateRequest(
         prompt_id=row.name,
-        prompt_tokens=np.asarray(run.tokenizer.encode_prompt(row.prompt), np.int32),
+        prompt_tokens=np.asarray(prompt_ids(run.tokenizer, row), np.int32),
         seeds=tuple(sample_seed(asked.seed, asked.step, row.name, sample) for sample in range(asked.num_samples)),
         max_tokens=asked.sampling.max_tokens,
         temperature=asked.sampling.temperature,

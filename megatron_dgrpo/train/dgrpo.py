@@ -11,7 +11,6 @@ import numpy as np
 from megatron_dgrpo.algorithms.build import dgrpo_loss, head_options
 from megatron_dgrpo.algorithms.factors import Factors
 from megatron_dgrpo.config.schema import DGRPO, Periodic
-from megatron_dgrpo.data.dataset import PromptSource
 from megatron_dgrpo.observe.silence import SilentSteps
 from megatron_dgrpo.observe.timers import Phases
 from megatron_dgrpo.packing.trajectory import Trajectory
@@ -28,7 +27,7 @@ from megatron_dgrpo.train.update import Gradients, Work, old_logprobs
 def run_dgrpo(run: Run, stage: DGRPO, number: int) -> None:
     student = run.trained
     check_schedule(stage)
-    prompts = PromptSource(stage.data, seed=run.config.seed + number)
+    prompts = run.prompts(stage, number)
     factors = Factors(stage.objective, dgrpo_loss(stage.objective)[0])
     silent = SilentSteps()
     student.start_optimizer(stage.optimizer)
@@ -37,8 +36,8 @@ def run_dgrpo(run: Run, stage: DGRPO, number: int) -> None:
         phases = Phases()
         with phases("sync"):
             run.sync(stage.engine)
-        rows = prompts.take(step - 1, stage.prompts_per_step)
-        tally = Tally(stage)
+        rows = prompts.take(stage.prompts_per_step)
+        tally = Tally(stage, prompts.facts())
         updates = _updates(run, stage, chunks(run, stage, number, step, rows, phases), tally, factors, step, phases)
         seen: list[dict[str, float]] = []
         for update, parts in enumerate(updates, 1):

@@ -10,7 +10,7 @@ over prompts or responses and nothing was dropped.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -38,7 +38,7 @@ def check_schedule(stage: DGRPO) -> None:
 class Tally:
     """Of one step."""
 
-    def __init__(self, stage: DGRPO) -> None:
+    def __init__(self, stage: DGRPO, facts: Mapping[str, float]) -> None:
         self._stage = stage
         self._in_parts = isinstance(stage.schedule, Periodic)
         self._expected = _expected(stage)
@@ -48,7 +48,7 @@ class Tally:
         self._truncated: list[bool] = []
         self.samples: list[tuple[Sample, ...]] = []
         """What each update trains on."""
-        self.facts: dict[str, float] = {}
+        self.facts = dict(facts)
         """For the step's record."""
 
     def shares(self, run: Run, chunk: Sequence[Trajectory]) -> list[list[Trajectory]]:

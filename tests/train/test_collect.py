@@ -24,7 +24,7 @@ def _collected(script: list[tuple[Any, ...]]) -> Any:
     from types import SimpleNamespace
 
     from megatron_dgrpo.config.schema import Reward, Sampling
-    from megatron_dgrpo.data.dataset import PromptRow
+    from megatron_dgrpo.data.rows import PromptRow
     from megatron_dgrpo.errors import RolloutError
     from megatron_dgrpo.observe.timers import Phases
     from megatron_dgrpo.rollout.messages import sample_seed

@@ -96,7 +96,7 @@ def _updated(rank: int, world: int, folder: str, teacher: str, axes: dict[str, A
         run = Run(config, groups, student, None, None, None, None, None, "", groups, loaded)  # type: ignore[arg-type]
         (stage,) = config.stages
         student.start_optimizer(stage.optimizer)
-        tally, factors = Tally(stage), Factors(stage.objective, dgrpo_loss(stage.objective)[0])
+        tally, factors = Tally(stage, {}), Factors(stage.objective, dgrpo_loss(stage.objective)[0])
         (parts,) = _updates(run, stage, iter(chunks), tally, factors, 1, Phases())
         gradients, num_parts = Gradients(student), 0
         for work in parts:
@@ -198,7 +198,7 @@ def _twice_reduced(rank: int, world: int, folder: str, teacher: str) -> float:
     (stage,) = config.stages
     norms = []
     for early in (False, True):
-        tally, factors = Tally(stage), Factors(stage.objective, dgrpo_loss(stage.objective)[0])
+        tally, factors = Tally(stage, {}), Factors(stage.objective, dgrpo_loss(stage.objective)[0])
         (parts,) = _updates(run, stage, iter(_chunks([[0, 1], [2, 3]])), tally, factors, 1, Phases())
         gradients = Gradients(student)
         for work in parts:
