@@ -11,6 +11,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from megatron_dgrpo.config.frozen import Frozen
 from megatron_dgrpo.config.objective import Objective
+from megatron_dgrpo.config.rewards import Reward
 
 DType = Literal["float32", "bfloat16", "float64"]
 
@@ -174,14 +175,6 @@ class Sampling(Frozen):
     """0.01 to 2, which is vLLM's range."""
 
 
-class Reward(Frozen):
-    """A named reward; the total is the weighted sum."""
-
-    kind: Literal["exact_match"]
-    """exact_match: 1 when the response's text equals the answer's, white space at the ends apart; else 0."""
-    weight: float = 1.0
-
-
 class Evaluation(Frozen):
     """Mean reward on held-out prompts, one response each."""
 
@@ -251,6 +244,8 @@ class Config(Frozen):
     """Name of the model that is trained."""
     teachers: tuple[Teacher, ...] = ()
     engines: dict[str, Engine] = {}
+    reward_workers: PositiveInt = 2
+    """Processes in which responses are scored, beside rank 0."""
     evaluation: Evaluation | None = None
     stages: Annotated[tuple[Annotated[SFT | DGRPO, Field(discriminator="kind")], ...], Field(min_length=1)]
     """Run in order, each from the previous one's weights."""
