@@ -176,7 +176,7 @@ class Code(Common):
 
     @property
     def deadline_s(self) -> float:
-        return self.max_tests * (self.timeout_s + 2.0) + 10.0
+        return self.max_tests * (self.timeout_s + 1.0) + 60.0
 
     @property
     def row_fields(self) -> tuple[str, ...]:
@@ -224,7 +224,7 @@ class Judge(Common):
     api_key_variable: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")] | None = None
     """Environment variable that holds the key; the key itself is never part of a config."""
     template: str = JUDGE_PROMPT
-    """What the judge is asked: {prompt}, {response}, {answer} and {fields[NAME]} are filled in; {{ and }} are braces."""
+    """The question: {prompt}, {response}, {answer} and {fields[NAME]} are filled in; braces are {{ and }}."""
     pattern: str = r"Answer:\s*(-?\d+(?:\.\d+)?)"
     """Regular expression whose first group is the score, in its last match; a reply without one is a failure."""
     lowest: float = 0.0
@@ -242,9 +242,10 @@ class Judge(Common):
     timeout_s: PositiveFloat = 120.0
     """How long one response may take, with all retries and waits."""
     retries: NonNegativeInt = 4
-    """How often a request is sent again after no answer, 408, 409, 429, 5xx or nonsense, after waits that double."""
+    """How often a request is sent again, after waits that double: after no answer, 408, 409, 425, 429, 5xx, and, where
+    the temperature is above 0, after nonsense."""
     cache_file: str | None = None
-    """Where scores are kept between runs (SQLite); within a run they are kept in any case."""
+    """Where scores are kept between runs (SQLite). A worker keeps its own in memory in any case."""
 
     @property
     def row_fields(self) -> tuple[str, ...] | None:

@@ -58,5 +58,7 @@ def references(settings: Referenced, sample: Sample) -> list[str]:
     value = sample.field_of(settings.reference)
     texts = value if isinstance(value, list) else [value]
     if not texts or not all(isinstance(text, str) for text in texts):
-        raise RewardError(f"the row's field {settings.reference!r} is {value!r:.80}: it must be a text or a list of texts")
+        raise RewardError(
+            f"the row's field {settings.reference!r} is {value!r:.80}: it must be a text or a list of texts"
+        )
     return texts

@@ -1,7 +1,8 @@
 """The letter that a response to a multiple-choice question chooses.
 
-What counts, in this order: the last "answer is X", "Answer: X" or \\boxed{X}; a response that is nothing but the letter, or
-begins with it as "(B)", "B." or "B)"; the last letter in parentheses. A letter within a sentence ("A good idea") is none.
+What counts, in this order: the last "answer is X", "Answer: X" or \\boxed{X}; a response that is nothing but the
+letter, or begins with it as "(B)", "B." or "B)"; the last letter in parentheses. A letter within a sentence ("A good
+idea") is none.
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ class Choice:
     def _reference(self, text: str) -> str:
         letter = self.chosen(text)
         if letter is None:
-            raise RewardError(f"the reference {text!r:.80} is none of the letters {self._letters[0]} to {self._letters[-1]}")
+            raise RewardError(
+                f"the reference {text!r:.80} is none of the letters {self._letters[0]} to {self._letters[-1]}"
+            )
         return letter
 
 

@@ -1,7 +1,7 @@
 """Code in a response against unit tests, each in a fresh process that confines itself (`confined.py`).
 
-A test that is not passed for any reason of the code's (wrong, too slow, too much memory or output, a forbidden call) is a test
-that is not passed. What the machine lacks, and tests that are no tests, are failures of the reward.
+A test that is not passed for any reason of the code's (wrong, too slow, too much memory or output, a forbidden call) is
+a test that is not passed. What the machine lacks, and tests that are no tests, are failures of the reward.
 """
 
 from __future__ import annotations
@@ -25,11 +25,13 @@ from megatron_dgrpo.config import rewards as settings
 from megatron_dgrpo.errors import RewardError
 from megatron_dgrpo.rewards.base import Sample
 
-_PYTHON_FENCE = re.compile(r"^```(?:python|py|python3)[ \t]*\n(.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL | re.IGNORECASE)
+_PYTHON_FENCE = re.compile(
+    r"^```(?:python|py|python3)[ \t]*\n(.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL | re.IGNORECASE
+)
 _ANY_FENCE = re.compile(r"^```[\w+-]*[ \t]*\n(.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL)
 _SCRIPT = str(Path(__file__).with_name("confined.py"))
-_MARGIN_S = 1.0
-"""For the interpreter's start, which is not the code's fault."""
+_START_S = 30.0
+"""For the interpreter's start, which is not the code's fault; the test's clock runs from there."""
 _REPORT_BYTES = 4096
 
 
@@ -54,12 +56,14 @@ class Code:
         name = self._config.tests
         value = sample.field_of(name)
         tests = ([value] if isinstance(value, str) else value)[: self._config.max_tests]
-        good = isinstance(tests, list) and tests
+        good = isinstance(tests, list) and len(tests) > 0
         for test in tests if good else []:
             pair = isinstance(test, dict) and all(isinstance(test.get(key), str) for key in ("input", "output"))
             good = good and (pair or (isinstance(test, str) and test.strip() != ""))
         if not good:
-            raise RewardError(f"the row's field {name!r} is {value!r:.80}: it must list {{input, output}}, or Python code")
+            raise RewardError(
+                f"the row's field {name!r} is {value!r:.80}: it must list {{input, output}}, or Python code"
+            )
         return tests
 
     def _passes(self, code: str, test: str | Mapping[str, str]) -> bool:
@@ -71,12 +75,12 @@ class Code:
             "code": code,
             "test": inline,
             "token": token,
-            "limits": limits | {"seconds": self._config.timeout_s + _MARGIN_S},
+            "limits": limits | {"seconds": self._config.timeout_s + 1.0},
             "required": self._config.isolation == "required",
         }
-        ran = _run(request, given, self._config.timeout_s + _MARGIN_S, self._config.output_bytes)
+        ran = _run(request, given, self._config.timeout_s, self._config.output_bytes)
         barred, _, verdict = ran.report.partition("\n")
-        if not ran.report and not ran.overtime:
+        if not ran.report:
             raise RewardError(f"a process for the tests did not start: {ran.output.decode(errors='replace')[-300:]!r}")
         if request["required"] and not {"landlock", "seccomp"} <= set(barred.split()):
             raise RewardError(
@@ -133,7 +137,7 @@ def _run(request: dict[str, Any], given: str, seconds: float, output_bytes: int)
             )
             theirs.close()
             try:
-                _listen(process, report, ran, time.monotonic() + seconds, output_bytes)
+                _listen(process, report, ran, seconds, output_bytes)
             finally:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
@@ -146,10 +150,11 @@ def _run(request: dict[str, Any], given: str, seconds: float, output_bytes: int)
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
 
 
-def _listen(process: subprocess.Popen[bytes], report: Any, ran: _Ran, deadline: float, output_bytes: int) -> None:
+def _listen(process: subprocess.Popen[bytes], report: Any, ran: _Ran, seconds: float, output_bytes: int) -> None:
     """Until both ends are closed, which is when the process is gone: it can't start another that would hold them."""
     assert process.stdout is not None
     output, told = bytearray(), bytearray()
+    deadline, begun = time.monotonic() + _START_S, False
     pipes = {process.stdout.fileno(): output, report.fileno(): told}
     while pipes and not ran.flooded:
         left = deadline - time.monotonic()
@@ -161,5 +166,7 @@ def _listen(process: subprocess.Popen[bytes], report: Any, ran: _Ran, deadline: 
                 pipes[pipe] += data
             else:
                 del pipes[pipe]
+        if told and not begun:
+            deadline, begun = time.monotonic() + seconds, True
         ran.flooded = len(output) > output_bytes or len(told) > _REPORT_BYTES
     ran.output, ran.report = bytes(output), told.decode(errors="replace")

@@ -1,7 +1,7 @@
 """Several named rewards as one: each kept by its name, the total their weighted sum; and what becomes of failures.
 
-A failure is never a number unless the reward's `on_failure` makes it one. With `skip`, the whole group of a prompt goes: the
-advantages of a group without one of its members would depend on which responses a reward happens to fail on.
+A failure is never a number unless the reward's `on_failure` makes it one. With `skip`, the whole group of a prompt
+goes: the advantages of a group without one of its members would depend on which responses a reward happens to fail on.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Settled:
 def settle(
     rewards: Sequence[AnyReward], found: Sequence[Sequence[float | Failure]], samples: Sequence[Sample]
 ) -> Settled:
-    """Scores out of what the pool found, failures dealt with as the settings say. RewardError where they end the run."""
+    """Scores out of what the pool found. Failures are dealt with as the settings say: they may end the run."""
     failed: Counter[str] = Counter()
     skipped: set[str] = set()
     fatal: list[str] = []

@@ -28,7 +28,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 # ---- seccomp ---------------------------------------------------------------------------------------------------------
 
 # name -> number on x86_64 and aarch64 (None: it does not exist there)
-_REFUSED = {
+_REFUSED: dict[str, tuple[int, int | None]] = {
     "socket": (41, 198), "fork": (57, None), "vfork": (58, None), "execve": (59, 221), "execveat": (322, 281),
     "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240), "pidfd_open": (434, 434),
     "pidfd_send_signal": (424, 424), "ptrace": (101, 117), "process_vm_readv": (310, 270),
@@ -59,8 +59,8 @@ def seccomp() -> bool:
     if column == 0:  # the same calls under other numbers
         lines += [(_AT_LEAST, 0, 1, 0x40000000), (_RETURN, 0, 0, _ERRNO | _EPERM)]
     for numbers in _REFUSED.values():
-        if numbers[column] is not None:
-            lines += [(_EQUAL, 0, 1, numbers[column]), (_RETURN, 0, 0, _ERRNO | _EPERM)]
+        if (number := numbers[column]) is not None:
+            lines += [(_EQUAL, 0, 1, number), (_RETURN, 0, 0, _ERRNO | _EPERM)]
     lines += [(_EQUAL, 0, 1, _CLONE3[column]), (_RETURN, 0, 0, _ERRNO | _ENOSYS)]  # libc then takes clone
     lines += [
         (_EQUAL, 0, 4, _CLONE[column]), (_LOAD, 0, 0, _ARGUMENT_0), (_ANY_BIT, 0, 1, _CLONE_THREAD),

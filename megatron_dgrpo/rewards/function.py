@@ -18,7 +18,7 @@ class Function:
             self._function = getattr(importlib.import_module(module), name)
         except Exception as error:
             raise RewardError(
-                f"{config.function} can't be imported: {error!r}; it is looked up in the current folder and in PYTHONPATH"
+                f"{config.function} can't be imported ({error!r}); put it into PYTHONPATH or the current folder"
             ) from error
         if inspect.iscoroutinefunction(self._function):
             raise RewardError(f"{config.function} is asynchronous; give a plain function (it may call asyncio.run)")

@@ -37,7 +37,9 @@ class Instructions:
         try:
             return _LISTED.validate_python(sample.field_of(self._config.field))
         except ValidationError as error:
-            raise RewardError(f"the row's field {self._config.field!r} is no list of constraints: {error!s:.500}") from None
+            raise RewardError(
+                f"the row's field {self._config.field!r} is no list of constraints: {error!s:.500}"
+            ) from None
 
 
 def meets(text: str, constraint: Constraint) -> bool:
@@ -70,7 +72,9 @@ def count(text: str, unit: str) -> int:
         case "characters":
             return len(text)
         case "sentences":
-            return sum(any(c.isalnum() for c in part) for part in re.split(r"[.!?]+(?=\s|$)|[\u3002\uff01\uff1f]", text))
+            return sum(
+                any(c.isalnum() for c in part) for part in re.split(r"[.!?]+(?=\s|$)|[\u3002\uff01\uff1f]", text)
+            )
         case "paragraphs":
             return sum(bool(part.strip()) for part in re.split(r"\n\s*\n", text))
         case _:

@@ -46,7 +46,9 @@ def language_of(text: str) -> str | None:
 
 
 def _script(point: int) -> str:
-    return next((name for name, first, last in _SCRIPTS if first <= point <= last), "latin" if point < 0x250 else "other")
+    return next(
+        (name for name, first, last in _SCRIPTS if first <= point <= last), "latin" if point < 0x250 else "other"
+    )
 
 
 def _latin(text: str) -> str | None:

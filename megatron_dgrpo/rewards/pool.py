@@ -2,11 +2,12 @@
 
 **Ends.** Nothing outlives the owner: a worker asks the kernel to be killed with the thread that started it, and that
 thread (`_starter`) lives as long as the owner's process. A worker that is killed for a sample takes its process group
-with it. Under a run's supervisor the server of the trainer's processes is above all of them, too, and ends what is left.
+with it. Under a run's supervisor the server of the trainer's processes is above all of them, too, and ends what is
+left.
 
-**Order.** Samples are handed out in tasks of one reward and a few samples; the answers carry their index. The sample that
-a worker was at when it hung or died has failed; the rest of its task goes to a fresh worker. So every sample ends with
-a number or with the reason why there is none, and one bad response costs only itself.
+**Order.** Samples are handed out in tasks of one reward and a few samples; the answers carry their index. The sample
+that a worker was at when it hung or died has failed; the rest of its task goes to a fresh worker. So every sample ends
+with a number or with the reason why there is none, and one bad response costs only itself.
 """
 
 from __future__ import annotations
@@ -187,7 +188,7 @@ class RewardPool:
         if "broken" in message:
             raise RewardError(f"reward {task.reward.label} cannot be used: {message['broken']}")
         if "ready" in message:
-            # one that has many samples at work keeps each one's deadline itself; this is all of theirs, one after another
+            # one that has many samples at work keeps each one's deadline itself; this is that of all
             rounds = -(-len(task.places) // task.reward.concurrency) if isinstance(task.reward, Judge) else 1
             worker.deadline = time.monotonic() + limit_s * rounds
         elif "begin" in message:
@@ -214,14 +215,18 @@ class RewardPool:
         for index in culprits:
             task.results[worker.places[index]] = Failure(why)
         if rest := [worker.places[index] for index in sorted(worker.open - culprits)]:
-            waiting.appendleft(_Task(task.reward, task.samples, rest, task.results, task.attempts + (worker.at is None)))
+            waiting.appendleft(
+                _Task(task.reward, task.samples, rest, task.results, task.attempts + (worker.at is None))
+            )
 
     @staticmethod
     def _obituary(worker: _Worker) -> str:
         with contextlib.suppress(subprocess.TimeoutExpired):
             worker.process.wait(GRACE_S)
         status = worker.process.returncode
-        how = f"was killed by {signal.Signals(-status).name}" if status and status < 0 else f"ended with status {status}"
+        how = (
+            f"was killed by {signal.Signals(-status).name}" if status and status < 0 else f"ended with status {status}"
+        )
         return f"its process {how}{_last_line(worker.log_path)}"
 
     @staticmethod
@@ -259,7 +264,9 @@ def _message(task: _Task) -> bytes:
         assert sample is not None
         if sample.name not in known:
             known[sample.name] = len(rows)
-            rows.append({"name": sample.name, "prompt": sample.prompt, "answer": sample.answer, "fields": sample.fields})
+            rows.append(
+                {"name": sample.name, "prompt": sample.prompt, "answer": sample.answer, "fields": sample.fields}
+            )
         samples.append((known[sample.name], sample.text))
     content = {"reward": task.reward.model_dump_json(), "limit_s": task.reward.deadline_s}
     try:

@@ -4,8 +4,8 @@ A line of JSON is a message. A task names a reward's settings and samples; the a
 `begin` and `value` or `failed`, and `done` at the end. `broken` says that the reward cannot be made at all. Nothing is
 unpickled: a user's function gives a number, and only a number goes back.
 
-The worker limits its own time with a timer that raises (`_Overtime`, which `except Exception` does not catch). Its owner
-kills it a little later where that does not help: in native code, or in a function that catches everything.
+The worker limits its own time with a timer that raises (`_Overtime`, which `except Exception` does not catch). Its
+owner kills it a little later where that does not help: in native code, or in a function that catches everything.
 """
 
 from __future__ import annotations

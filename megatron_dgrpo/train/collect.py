@@ -7,12 +7,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_dgrpo.config.schema import Reward, Sampling
+from megatron_dgrpo.config.rewards import AnyReward
+from megatron_dgrpo.config.schema import Sampling
 from megatron_dgrpo.data.dataset import PromptRow
 from megatron_dgrpo.errors import RolloutError, listing
 from megatron_dgrpo.observe.timers import Phases
 from megatron_dgrpo.packing.trajectory import Segment, Trajectory
-from megatron_dgrpo.rewards.compose import Rewards
+from megatron_dgrpo.rewards.base import Sample
+from megatron_dgrpo.rewards.compose import total
 from megatron_dgrpo.rollout.messages import Completion, GenerateRequest, sample_seed
 from megatron_dgrpo.train.run import Run
 
@@ -27,12 +29,12 @@ def collect(
     *,
     sampling: Sampling,
     num_samples: int,
-    rewards: Sequence[Reward],
+    rewards: Sequence[AnyReward],
     seed: int,
     step: int,
     phases: Phases,
 ) -> list[Trajectory]:
-    """`num_samples` scored trajectories of each row, row by row."""
+    """`num_samples` scored trajectories of each row, row by row; without rows whose rewards failed and are skipped."""
     settings = run.config.engines[engine]
     mine = None
     if run.engines is not None:
@@ -61,7 +63,7 @@ def _score(
     rows: Sequence[PromptRow],
     requests: Sequence[GenerateRequest],
     completions: Sequence[Completion],
-    rewards: Sequence[Reward],
+    rewards: Sequence[AnyReward],
     num_samples: int,
 ) -> list[Trajectory]:
     found = {(c.prompt_id, c.sample): c for c in completions}
@@ -72,11 +74,17 @@ def _score(
     row_of = {row.name: row for row in rows}
     prompt_of = {request.prompt_id: request.prompt_tokens for request in requests}
     texts = [run.tokenizer.decode(found[key].tokens) for key in wanted]
-    scores = Rewards(rewards).score([row_of[name] for name, _ in wanted], texts)
+    samples = [_sample(row_of[name], text) for (name, _), text in zip(wanted, texts, strict=True)]
+    scored = run.score(rewards, samples)
     return [
-        _trajectory(found[key], prompt_of[key[0]], {name: values[i] for name, values in scores.items()})
-        for i, key in enumerate(wanted)
+        _trajectory(found[key], prompt_of[key[0]], scores)
+        for key, scores, kept in zip(wanted, scored.scores, scored.kept, strict=True)
+        if kept
     ]
+
+
+def _sample(row: PromptRow, text: str) -> Sample:
+    return Sample(row.name, text, row.prompt, row.answer, row.fields)
 
 
 def _trajectory(completion: Completion, prompt_tokens: np.ndarray, rewards: dict[str, float]) -> Trajectory:
@@ -91,6 +99,12 @@ def _trajectory(completion: Completion, prompt_tokens: np.ndarray, rewards: dict
     )
 
 
-def totals(trajectories: Sequence[Trajectory], rewards: Sequence[Reward]) -> np.ndarray:
+def totals(trajectories: Sequence[Trajectory], rewards: Sequence[AnyReward]) -> np.ndarray:
     """The weighted sum of each trajectory's rewards."""
-    return np.asarray([Rewards(rewards).total(t.rewards) for t in trajectories], np.float64)
+    return np.asarray([total(rewards, t.rewards) for t in trajectories], np.float64)
+
+
+def reward_means(trajectories: Sequence[Trajectory], prefix: str) -> dict[str, float]:
+    """The mean of each reward by its name, before weighting."""
+    names = trajectories[0].rewards if trajectories else ()
+    return {f"{prefix}/score/{name}": float(np.mean([t.rewards[name] for t in trajectories])) for name in names}

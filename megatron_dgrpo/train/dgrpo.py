@@ -16,7 +16,7 @@ from megatron_dgrpo.observe.silence import SilentSteps
 from megatron_dgrpo.observe.timers import Phases
 from megatron_dgrpo.packing.trajectory import Trajectory, by_prompts
 from megatron_dgrpo.packing.trees import trees
-from megatron_dgrpo.train.collect import collect, totals
+from megatron_dgrpo.train.collect import collect, reward_means, totals
 from megatron_dgrpo.train.evaluation import evaluate
 from megatron_dgrpo.train.preflight import check_update
 from megatron_dgrpo.train.run import Run
@@ -46,6 +46,7 @@ def run_dgrpo(run: Run, stage: DGRPO, number: int) -> None:
             phases=phases,
         )
         facts = _facts(trajectories, totals(trajectories, stage.rewards))
+        facts |= {f"reward/{name}": count for name, count in run.reward_failures().items()}
         with phases("pack"):
             trajectories = run.fitting(trajectories, stage, facts)
             shares = by_prompts(trajectories, stage.updates_per_batch)
@@ -120,6 +121,7 @@ def _facts(trajectories: Sequence[Trajectory], totals_B: np.ndarray) -> dict[str
     return {
         "reward/mean": float(totals_B.mean()),
         "reward/std": float(totals_B.std()),
+        **reward_means(trajectories, "reward"),
         "response/length": float(lengths.mean()),
         "response/truncated": float(np.mean([t.finish_reason == "length" for t in trajectories])),
         "tokens": float(lengths.sum() + sum(len(t.prompt_tokens) for t in trajectories)),

@@ -16,6 +16,7 @@ from megatron_dgrpo.launch.rendezvous import join_world
 from megatron_dgrpo.observe.records import Records
 from megatron_dgrpo.parallel import platform
 from megatron_dgrpo.parallel.groups import Groups
+from megatron_dgrpo.rewards.pool import RewardPool
 from megatron_dgrpo.train.assist import assist
 from megatron_dgrpo.train.dgrpo import run_dgrpo
 from megatron_dgrpo.train.run import Engines, Run, load_run_student
@@ -44,6 +45,8 @@ def main(*, config_path: str, engines: Mapping[str, str], key: str, shm_prefix: 
     run.note(f"exported to {target}")
     dist.barrier()  # the engines end with this process, and no rank may still need them
     dist.destroy_process_group()
+    if run.rewards is not None:
+        run.rewards.close()
 
 
 def _build(config: Config, store: dist.Store, engines: Mapping[str, str], key: str, shm_prefix: str) -> Run:
@@ -66,6 +69,7 @@ def _build(config: Config, store: dist.Store, engines: Mapping[str, str], key: s
         engines=Engines(config, engines, key) if first else None,
         records=Records(Path(config.run_dir)) if first else None,
         shm_prefix=shm_prefix,
+        rewards=RewardPool(config.reward_workers, log_dir=Path(config.run_dir) / "logs") if first else None,
         teacher_groups=teacher_groups,
     )
 
