@@ -52,6 +52,11 @@ class Code:
             passed += good
         return passed / len(tests)
 
+    def problem(self) -> None:
+        """RewardError if the machine can't confine code as it is asked to."""
+        if not self._passes("", "pass"):
+            raise RewardError("a test that does nothing does not pass: is memory_bytes or timeout_s too small?")
+
     def _tests(self, sample: Sample) -> list[str | Mapping[str, str]]:
         name = self._config.tests
         value = sample.field_of(name)

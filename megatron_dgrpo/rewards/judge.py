@@ -79,15 +79,21 @@ class Judge:
                 for index in places[key]:
                     report(index, answer)
 
-    def problem(self) -> str | None:
-        """Why it can't be reached, before a run begins; an answer of any kind will do."""
+    def problem(self) -> None:
+        """RewardError if it can't be reached, or does not have the model; for before a run."""
         try:
-            self._open("models", None, time.monotonic() + min(10.0, self._config.timeout_s))
+            listed = json.loads(self._open("models", None, time.monotonic() + min(10.0, self._config.timeout_s)))
+            names = [str(entry["id"]) for entry in listed["data"]]
         except _MayPass as error:
-            return f"the judge at {self._config.url} does not answer ({error}): start it, or correct url"
-        except RewardError:
-            return None
-        return None
+            raise RewardError(
+                f"the judge at {self._config.url} does not answer ({error}): start it, or correct url"
+            ) from None
+        except (ValueError, LookupError, TypeError):
+            return  # not every server lists its models
+        if names and self._config.model not in names:
+            raise RewardError(
+                f"the judge at {self._config.url} has no model {self._config.model!r}; it has {', '.join(names)}"
+            )
 
     # ---- one answer ----
 

@@ -15,7 +15,7 @@ from megatron_dgrpo.rewards.base import Sample, references
 
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d{1,1000})(?:\.\d{1,1000})?|\.\d{1,1000}"
 _NUMBER = re.compile(
-    rf"(?<![\w.])(?P<sign>[-+\u2212]?)\s?[$\u20ac\u00a3]?(?P<top>{_DIGITS})(?:[eE](?P<exponent>[-+]?\d{{1,3}})(?!\d))?"
+    rf"(?<![\w.])(?P<sign>[-+\u2212]?)\s?[$\u20ac\u00a3]?(?P<top>{_DIGITS})(?!\d)(?:[eE](?P<exponent>[-+]?\d{{1,3}})(?!\d))?"
     rf"(?:\s?/\s?(?P<bottom>\d{{1,100}})(?![\d/]))?"
 )
 _LATEX_FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*(-?\d+)\s*\}\s*\{\s*(\d+)\s*\}")

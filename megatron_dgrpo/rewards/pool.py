@@ -66,6 +66,7 @@ class _Worker:
     places: list[int] = field(default_factory=list)  # of the task's samples, by the index that the worker knows
     open: set[int] = field(default_factory=set)  # indices that have no answer yet
     at: int | None = None  # the index that it is at
+    ready: bool = False  # it has made the task's reward
     deadline: float = 0.0
 
     def fileno(self) -> int:
@@ -113,6 +114,17 @@ class RewardPool:
             raise
         return results
 
+    def problems(self, rewards: Sequence[AnyReward]) -> list[str]:
+        """What would keep these rewards from working at all: each is made once, and a judge is asked for its models."""
+        found = []
+        for reward in rewards:
+            try:
+                self._run(deque([_Task(reward, [], [], [])]))
+            except RewardError as error:
+                found.append(str(error))
+                self._kill_all()
+        return found
+
     def close(self) -> None:
         self._kill_all()
         self._starter.shutdown()
@@ -141,7 +153,7 @@ class RewardPool:
                 worker = self._starter.submit(self._start).result()  # see "Ends" above
                 self._workers.append(worker)
             task = waiting.popleft()
-            worker.task, worker.places, worker.at = task, task.places, None
+            worker.task, worker.places, worker.at, worker.ready = task, task.places, None, False
             worker.open = set(range(len(task.places)))
             worker.deadline = time.monotonic() + START_S
             try:
@@ -188,6 +200,7 @@ class RewardPool:
         if "broken" in message:
             raise RewardError(f"reward {task.reward.label} cannot be used: {message['broken']}")
         if "ready" in message:
+            worker.ready = True
             # one that has many samples at work keeps each one's deadline itself; this is that of all
             rounds = -(-len(task.places) // task.reward.concurrency) if isinstance(task.reward, Judge) else 1
             worker.deadline = time.monotonic() + limit_s * rounds
@@ -208,6 +221,8 @@ class RewardPool:
         self._workers.remove(worker)
         if task is None:
             return
+        if not task.places:
+            raise RewardError(f"reward {task.reward.label} cannot be used: {why}")
         if worker.at is None:  # before the first, or with many at once: whose fault it is can't be said
             culprits = worker.open if task.attempts else set()
         else:
@@ -283,7 +298,7 @@ def _plain(value: Any) -> Any:
 
 def _too_long(worker: _Worker) -> str:
     assert worker.task is not None
-    if worker.at is None and worker.deadline and len(worker.open) == len(worker.places):
+    if not worker.ready:
         return f"its process was not ready within {START_S:g} s and was ended"
     return f"it took more than {worker.task.reward.deadline_s:g} s, and its process was ended"
 

@@ -1,8 +1,9 @@
 """A process that scores. It reads tasks from a socket and answers sample by sample; it imports no torch.
 
 A line of JSON is a message. A task names a reward's settings and samples; the answers are `ready`, then for each sample
-`begin` and `value` or `failed`, and `done` at the end. `broken` says that the reward cannot be made at all. Nothing is
-unpickled: a user's function gives a number, and only a number goes back.
+`begin` and `value` or `failed`, and `done` at the end. `broken` says that the reward cannot be made at all. A task
+without samples asks whether it can be. Nothing is unpickled: a user's function gives a number, and only a number goes
+back.
 
 The worker limits its own time with a timer that raises (`_Overtime`, which `except Exception` does not catch). Its
 owner kills it a little later where that does not help: in native code, or in a function that catches everything.
@@ -66,6 +67,8 @@ def _work(task: dict[str, Any], scorers: dict[str, Any], send: Any) -> None:
             if len(scorers) >= _KEPT:
                 scorers.clear()
             scorers[text] = build(read_settings(text))
+        if not task["samples"] and hasattr(scorers[text], "problem"):
+            scorers[text].problem()
     except Exception as error:
         _log(error)
         send(broken=_why(error))

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from megatron_dgrpo.checkpoint.hf.families import read_spec
 from megatron_dgrpo.config.loader import load
-from megatron_dgrpo.config.schema import DGRPO, SFT, Config
-from megatron_dgrpo.config.stages import micro_batch_room
+from megatron_dgrpo.config.schema import DGRPO, SFT, Config, Evaluation
+from megatron_dgrpo.config.stages import micro_batch_room, samplers
 from megatron_dgrpo.data.compatibility import check_fits, check_same
 from megatron_dgrpo.data.dataset import read_rows
 from megatron_dgrpo.data.lengths import check_lengths
 from megatron_dgrpo.data.tokenizer import Tokenizer
 from megatron_dgrpo.errors import ConfigError, DGRPOError, listing
+from megatron_dgrpo.rewards.checks import reward_problems
 
 
 def main(*, config_path: str, answer_path: str) -> None:
@@ -27,7 +29,8 @@ def main(*, config_path: str, answer_path: str) -> None:
 
 
 def check_data(config: Config) -> None:
-    """Tokenizers are one and fit their models; every row is readable and short enough. All problems in one error."""
+    """Tokenizers are one and fit their models; every row is readable and short enough; rewards can be computed. All
+    problems in one error."""
     names = dict.fromkeys([config.student, *(teacher.model for teacher in config.teachers)])
     problems: list[str] = []
 
@@ -48,8 +51,10 @@ def check_data(config: Config) -> None:
         for number in range(len(config.stages)):
             attempt(lambda i=number: _check_stage(config, i, tokenizers[config.student]))  # type: ignore[misc]
         attempt(lambda: _check_evaluation(config, tokenizers[config.student]))
+    for where, section in samplers(config):
+        attempt(lambda w=where, s=section: problems.extend(_rewards(w, s)))  # type: ignore[misc]
     if problems:
-        raise ConfigError(listing("The data can't be used as they are:", problems))
+        raise ConfigError(listing("The data, or what is asked of them, can't be used:", dict.fromkeys(problems)))
 
 
 def _check_stage(config: Config, number: int, tokenizer: Tokenizer) -> None:
@@ -82,3 +87,10 @@ def _check_evaluation(config: Config, tokenizer: Tokenizer) -> None:
         setting=f"engines.{settings.engine}.max_model_len",
         response_tokens=settings.sampling.max_tokens,
     )
+
+
+def _rewards(where: str, section: DGRPO | Evaluation) -> list[str]:
+    def rows() -> Iterator[tuple[str, Mapping[str, Any]]]:  # read only where a reward reads more than the answer
+        yield from ((row.name, row.fields) for row in read_rows(section.data))
+
+    return reward_problems(section.rewards, where, rows())
