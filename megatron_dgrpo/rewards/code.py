@@ -60,7 +60,7 @@ class Code:
     def _tests(self, sample: Sample) -> list[str | Mapping[str, str]]:
         name = self._config.tests
         value = sample.field_of(name)
-        tests = ([value] if isinstance(value, str) else value)[: self._config.max_tests]
+        tests = [value] if isinstance(value, str) else value
         good = isinstance(tests, list) and len(tests) > 0
         for test in tests if good else []:
             pair = isinstance(test, dict) and all(isinstance(test.get(key), str) for key in ("input", "output"))
@@ -69,7 +69,7 @@ class Code:
             raise RewardError(
                 f"the row's field {name!r} is {value!r:.80}: it must list {{input, output}}, or Python code"
             )
-        return tests
+        return tests[: self._config.max_tests]
 
     def _passes(self, code: str, test: str | Mapping[str, str]) -> bool:
         inline = test if isinstance(test, str) else None

@@ -104,8 +104,10 @@ class RewardPool:
             shown = [_after(reward, sample) for sample in samples]
             places = [place for place, sample in enumerate(shown) if sample is not None]
             row[:] = [0.0 if sample is None else Failure("it was not scored") for sample in shown]
-            size = max(1, len(places)) if isinstance(reward, Judge) else _TASK_SAMPLES  # it asks many at a time
-            for start in range(0, len(places), size):
+            size = min(_TASK_SAMPLES, -(-len(places) // (2 * self._num_workers)))
+            if isinstance(reward, Judge):  # it asks many at a time
+                size = len(places)
+            for start in range(0, len(places), max(1, size)):
                 waiting.append(_Task(reward, shown, places[start : start + size], row))
         try:
             self._run(waiting)

@@ -20,7 +20,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from megatron_dgrpo.errors import DGRPOError
@@ -46,14 +46,20 @@ def main(descriptor: int, owner: int) -> None:
     channel = socket.socket(fileno=descriptor)
     channel.set_inheritable(False)  # not a program's that a user's function starts
     scorers: dict[str, Any] = {}
-    with channel, channel.makefile("rb") as tasks, channel.makefile("wb", buffering=0) as answers:
 
-        def send(**message: Any) -> None:
-            answers.write(json.dumps(message).encode() + b"\n")
+    def send(**message: Any) -> None:
+        channel.sendall(json.dumps(message).encode() + b"\n")
 
-        for line in tasks:
-            _work(json.loads(line), scorers, send)
-    os._exit(0)  # threads that a user's function left behind do not hold it
+    status = 1
+    try:
+        with channel.makefile("rb") as tasks:
+            for line in tasks:
+                _work(json.loads(line), scorers, send)
+        status = 0
+    except BaseException as error:
+        _log(error)
+    finally:
+        os._exit(status)  # threads that a user's function left behind do not hold it
 
 
 def _raise_overtime(number: int, frame: Any) -> None:
@@ -132,5 +138,6 @@ def _why(error: BaseException) -> str:
 
 def _log(error: BaseException) -> None:
     if not isinstance(error, DGRPOError):
-        traceback.print_exception(error)
-        sys.stderr.flush()
+        with suppress(OSError, ValueError):  # a user's function may have closed it
+            traceback.print_exception(error)
+            sys.stderr.flush()
