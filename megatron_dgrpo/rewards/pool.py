@@ -241,9 +241,10 @@ class RewardPool:
         with contextlib.suppress(subprocess.TimeoutExpired):
             worker.process.wait(GRACE_S)
         status = worker.process.returncode
-        how = (
-            f"was killed by {signal.Signals(-status).name}" if status and status < 0 else f"ended with status {status}"
-        )
+        if status is None:
+            how = "does not answer any more"
+        else:
+            how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
         return f"its process {how}{_last_line(worker.log_path)}"
 
     @staticmethod
