@@ -18,6 +18,7 @@ class Length(Frozen):
     unit: Literal["words", "characters", "sentences", "paragraphs", "lines"] = "words"
     """Paragraphs stand between empty lines; lines that are empty do not count."""
     at_least: NonNegativeInt = 0
+    """Of the unit."""
     at_most: NonNegativeInt | None = None
     """No limit where none is given."""
 
@@ -27,6 +28,7 @@ class Keywords(Frozen):
 
     kind: Literal["keywords"]
     words: Texts
+    """Each is looked for by itself."""
     at_least: NonNegativeInt = 1
     """How often each must stand there."""
     at_most: NonNegativeInt | None = None
@@ -48,7 +50,9 @@ class Bullets(Frozen):
 
     kind: Literal["bullets"]
     at_least: NonNegativeInt = 1
+    """Lines that begin as an item of a list does, with a sign or a number."""
     at_most: NonNegativeInt | None = None
+    """No limit where none is given."""
 
 
 class Ends(Frozen):
@@ -56,7 +60,9 @@ class Ends(Frozen):
 
     kind: Literal["ends"]
     starts_with: str = ""
+    """The first characters."""
     ends_with: str = ""
+    """The last characters."""
 
 
 class Language(Frozen):

@@ -27,7 +27,7 @@ def run_dgrpo(run: Run, stage: DGRPO, number: int) -> None:
     student = run.trained
     prompts = PromptSource(stage.data, seed=run.config.seed + number)
     factors = Factors(stage.objective, dgrpo_loss(stage.objective)[0])
-    silent = SilentSteps()
+    silent = SilentSteps(rewarded=any(reward.weight for reward in stage.rewards))
     student.start_optimizer(stage.optimizer)
     evaluate(run, number, 0)
     for step in range(1, stage.steps + 1):
