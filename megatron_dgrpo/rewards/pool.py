@@ -74,7 +74,7 @@ class _Worker:
 
 
 class RewardPool:
-    """Workers are started when there is work for them. One caller at a time; use it as a context manager, or `close` it."""
+    """Workers are started when there is work for them. One caller at a time. A context manager; else `close` it."""
 
     def __init__(self, num_workers: int, *, log_dir: Path | None = None) -> None:
         assert num_workers > 0
