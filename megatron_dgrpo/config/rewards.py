@@ -56,6 +56,11 @@ class Referenced(Common):
     def row_fields(self) -> tuple[str, ...]:
         return (self.reference,) if self.reference else ()
 
+    @property
+    def reads_reference(self) -> bool:
+        """Whether it needs the answer."""
+        return self.reference is None
+
 
 class ExactMatch(Referenced):
     """1 when the response is the answer, white space at both ends apart; else 0."""
@@ -105,6 +110,10 @@ class Regex(Referenced):
     """The whole response must match, white space at both ends apart."""
     equals_reference: bool = False
     """What the first group of the last match holds must equal the reference."""
+
+    @property
+    def reads_reference(self) -> bool:
+        return self.reference is None and self.equals_reference
 
 
 class Choice(Referenced):

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from megatron_dgrpo.config.reward_rules import reward_problems
+from megatron_dgrpo.config.rewards import Referenced
 from megatron_dgrpo.config.schema import DGRPO, Config, Evaluation, Model
 
 FP8 = Literal["tensorwise", "blockwise", "mxfp8"]
@@ -69,7 +70,13 @@ def rewards(config: Config) -> Iterator[str]:
                 f"{path}.rewards: {labels.count(label)} are called {label!r}; give each a name of its own "
                 f"({path}.rewards.N.name), or list it once with the sum of the weights"
             )
+        bare = [s.where for s in section.data.sources if s.messages is None and s.answer is None]
         for i, reward in enumerate(section.rewards):
+            if bare and isinstance(reward, Referenced) and reward.reads_reference:
+                yield (
+                    f"{path}.rewards.{i}.reference: {reward.label} compares with the answer, and {bare[0]} has none: "
+                    "name the data's field of answers, or the field to compare with"
+                )
             yield from (f"{path}.rewards.{i}.{problem}" for problem in reward_problems(reward))
 
 

@@ -54,6 +54,8 @@ class BatchScorer(Protocol):
 def references(settings: Referenced, sample: Sample) -> list[str]:
     """The texts of which any is right."""
     if settings.reference is None:
+        if not sample.answer:
+            raise RewardError("the row has no answer to compare with; name the field that has it (reference)")
         return [sample.answer]
     value = sample.field_of(settings.reference)
     texts = value if isinstance(value, list) else [value]

@@ -168,7 +168,7 @@ def test_rewards_that_cannot_be_made(pool: RewardPool, monkeypatch: pytest.Monke
 
 
 def test_rows_that_are_no_json_say_so(pool: RewardPool) -> None:
-    odd = Sample("r0", "a", fields={"when": object()})
+    odd = Sample("r0", "a", answer="b", fields={"when": object()})
     with pytest.raises(RewardError, match="reward function cannot be given r0's fields: <object"):
         pool.score([function()], [odd])
     assert values(pool.score([settings.ExactMatch(kind="exact_match")], [odd])[0]) == [0.0]  # it does not ask for them
