@@ -137,6 +137,8 @@ class RewardPool:
         while waiting or any(worker.task for worker in self._workers):
             self._hand_out(waiting)
             busy = [worker for worker in self._workers if worker.task]
+            if not busy:  # every task that was left has failed before a worker could take it
+                continue
             left = min(worker.deadline for worker in busy) - time.monotonic()
             ready = select.select(busy, [], [], max(0.0, left))[0]
             for worker in ready:

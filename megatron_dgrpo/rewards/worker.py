@@ -27,7 +27,7 @@ from megatron_dgrpo.errors import DGRPOError
 from megatron_dgrpo.rewards.base import Failure, Sample
 from megatron_dgrpo.rewards.kinds import build, read_settings
 
-_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+_PR_SET_PDEATHSIG = 1
 _KEPT = 64
 """Rewards that a worker keeps ready; a run has fewer."""
 

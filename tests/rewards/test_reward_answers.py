@@ -9,9 +9,10 @@ import pytest
 
 from megatron_dgrpo.config import rewards as settings
 from megatron_dgrpo.errors import RewardError
-from megatron_dgrpo.rewards.base import Sample
+from megatron_dgrpo.rewards.base import Failure, Sample
 from megatron_dgrpo.rewards.choice import Choice
 from megatron_dgrpo.rewards.number import Number, last_boxed, last_number
+from megatron_dgrpo.rewards.pool import RewardPool
 
 
 @pytest.mark.parametrize(
@@ -116,6 +117,14 @@ def test_mathematics() -> None:
     assert score("I do not know", "2") == 0.0
     assert score(r"$\frac{1}{$ \boxed{", "2") == 0.0
     assert score("", "2") == 0.0
+
+
+def test_a_formula_without_end_is_a_failure_of_its_response_alone() -> None:
+    pytest.importorskip("math_verify", reason="math-verify, of the extra `rewards`, is not installed")
+    samples = [Sample("r", text, answer="1/2") for text in ("$0.5$", r"$9^{9^{9^{9}}}$", "$0.5$")]
+    with RewardPool(1) as pool:
+        first, endless, last = pool.score([settings.Math(kind="math", timeout_s=2.0)], samples)[0]
+    assert first == last == 1.0 and endless == Failure("it took more than 2 s")
 
 
 def test_mathematics_without_its_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
