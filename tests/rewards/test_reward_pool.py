@@ -184,7 +184,8 @@ pool = RewardPool(2)
 pool.score([settings.ExactMatch(kind="exact_match")], [Sample("r", "a")] * 64)
 print(*pool.pids, flush=True)
 code = "import time\\nwhile True: time.sleep(1)"
-pool.score([settings.Code(kind="code", timeout_s=100)], [Sample("r", code, fields={"tests": ["pass"]})] * 4)
+runs = settings.Code(kind="code", timeout_s=100, isolation="best_effort")
+pool.score([runs], [Sample("r", code, fields={"tests": ["pass"]})] * 4)
 """
 
 
