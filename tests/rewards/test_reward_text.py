@@ -95,4 +95,4 @@ def test_regular_expressions() -> None:
     assert score("2", "2", **last) == 0.0
     assert score("b", "a", pattern="(a)?b", equals_reference=True) == 0.0  # a group that took no part is empty
     with pytest.raises(RewardError, match="the row has no answer"):
-        score("2", "", **last)
+        score("<a>2</a>", "", **last)
