@@ -16,7 +16,7 @@ from megatron_dgrpo.observe.timers import Phases
 from megatron_dgrpo.packing.trajectory import Segment, Trajectory
 from megatron_dgrpo.rewards.base import Sample
 from megatron_dgrpo.rewards.compose import total
-from megatron_dgrpo.rollout.messages import Completion, GenerateRequest, sample_seed
+from megatron_dgrpo.rollout.messages import Completion, GenerateRequest, Shaping, sample_seed
 from megatron_dgrpo.train.run import Run
 
 _SCORING_S = 600.0
@@ -34,6 +34,7 @@ def collect(
     seed: int,
     step: int,
     phases: Phases,
+    what: str = "generate",
 ) -> list[Trajectory]:
     """`num_samples` scored trajectories of each row, row by row; without rows whose rewards failed and are skipped."""
     settings = run.config.engines[engine]
@@ -41,7 +42,8 @@ def collect(
     if run.engines is not None:
         requests = [_request(run, row, sampling, num_samples, seed, step) for row in rows]
         with phases("generate"):
-            completions = list(run.engines.client(engine).generate(requests, deadline_s=settings.request_timeout_s))
+            answers = run.engines.client(engine).generate(requests, deadline_s=settings.request_timeout_s)
+            completions = list(run.board.over(answers, what, len(rows) * num_samples, "samples"))
         with phases("score"):
             mine = _score(run, rows, requests, completions, rewards, num_samples)
     with phases("generate"):
@@ -56,6 +58,7 @@ def _request(run: Run, row: PromptRow, sampling: Sampling, num_samples: int, see
         max_tokens=sampling.max_tokens,
         temperature=sampling.temperature,
         stop_token_ids=run.tokenizer.eos_ids,
+        shaping=Shaping(**sampling.shaping),  # type: ignore[arg-type]
     )
 
 
