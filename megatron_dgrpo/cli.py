@@ -105,9 +105,9 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from megatron_dgrpo.observe.report.page import write_report
+    from megatron_dgrpo.launch.report import report
 
-    print(write_report(options.folder, options.out))
+    print(report(options.folder, options.out))
     return OK
 
 

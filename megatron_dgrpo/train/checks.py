@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from megatron_dgrpo.checkpoint.hf.families import read_spec
 from megatron_dgrpo.config.loader import load
-from megatron_dgrpo.config.schema import DGRPO, SFT, Config
-from megatron_dgrpo.config.stages import micro_batch_room
+from megatron_dgrpo.config.schema import DGRPO, SFT, Config, Evaluation
+from megatron_dgrpo.config.stages import micro_batch_room, samplers
 from megatron_dgrpo.data.compatibility import check_fits, check_same
 from megatron_dgrpo.data.dataset import Rows
 from megatron_dgrpo.data.lengths import check_lengths
 from megatron_dgrpo.data.tokenizer import Tokenizer
 from megatron_dgrpo.errors import ConfigError, DGRPOError, listing
 from megatron_dgrpo.observe.progress import Board
+from megatron_dgrpo.rewards.checks import reward_problems
 
 
 def main(*, config_path: str, answer_path: str) -> None:
@@ -29,7 +31,8 @@ def main(*, config_path: str, answer_path: str) -> None:
 
 
 def check_data(config: Config) -> list[str]:
-    """Tokenizers are one and fit their models; every row is readable and short enough. All problems in one error.
+    """Tokenizers are one and fit their models; every row is readable and short enough; rewards can be computed. All
+    problems in one error.
 
     Returns what was left out or not looked at.
     """
@@ -54,8 +57,10 @@ def check_data(config: Config) -> list[str]:
         for number in range(len(config.stages)):
             attempt(lambda i=number: _check_stage(config, i, tokenizers[config.student], notes))  # type: ignore[misc]
         attempt(lambda: _check_evaluation(config, tokenizers[config.student], notes))
+    for where, section in samplers(config):
+        attempt(lambda w=where, s=section: problems.extend(_rewards(w, s)))  # type: ignore[misc]
     if problems:
-        raise ConfigError(listing("The data can't be used as they are:", problems))
+        raise ConfigError(listing("The data, or what is asked of them, can't be used:", dict.fromkeys(problems)))
     return notes
 
 
@@ -102,3 +107,11 @@ def _check_evaluation(config: Config, tokenizer: Tokenizer, notes: list[str]) ->
         setting=f"engines.{settings.engine}.max_model_len",
         response_tokens=settings.sampling.max_tokens,
     )
+
+
+def _rewards(where: str, section: DGRPO | Evaluation) -> list[str]:
+    def rows() -> Iterator[tuple[str, Mapping[str, Any]]]:  # read only where a reward reads more than the answer
+        for source in section.data.sources:
+            yield from ((row.name, row.fields) for row in (() if source.streaming else Rows(source)))
+
+    return reward_problems(section.rewards, where, rows())
