@@ -37,8 +37,9 @@ LOCK = ROOT / "requirements" / "gpu-linux-x86_64.txt"
 MANIFEST, BLOCK = "manifest.json", 1 << 20
 WANTED = {"megatron-core", "transformer-engine", "transformer-engine-torch", "pydantic", "omegaconf", "rich", "numpy"}
 WANTED |= {"pyyaml", "packaging", "safetensors", "tokenizers", "transformers", "datasets", "pytest", "pytest-timeout"}
-WANTED |= {"setuptools", "pybind11", "ninja"}
-OF_TORCH = re.compile(r"torch|torchaudio|torchvision|torchcodec|triton|cuda-.*|nvidia-(?!ml).*")
+WANTED |= {"setuptools", "ninja", "nvidia-cudnn-frontend"}
+TO_COMPILE = "wheel"  # not in the lock: the newest there is
+OF_TORCH = re.compile(r"torch|torchaudio|torchvision|torchcodec|triton|cuda-.*|nvidia-(?!ml|cudnn-frontend).*")
 PACKAGE = re.compile(r"^([a-z0-9][a-z0-9._-]*)(?:\[[^]]*\])?==(\S+)", re.MULTILINE)
 
 
@@ -69,11 +70,12 @@ def pack(out: Path, part_bytes: int, have: set[str], with_vllm: bool) -> None:
     names, left_out = needed(lock, have, with_vllm), {}
     wheels = out / "wheels"
     wheels.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        (out / "one.txt").write_text(lock[name])
+    python = environment(out / "pip", sees_this_one=True)  # a source archive asks for torch to say what it is
+    for name in [*names, TO_COMPILE]:
+        (out / "one.txt").write_text(lock.get(name, name))
         found = subprocess.run(
-            [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-build-isolation",
-             "--require-hashes", "--dest", str(wheels), "--requirement", str(out / "one.txt")],
+            [python, "-m", "pip", "download", "--quiet", "--no-deps", "--no-build-isolation",
+             *(["--require-hashes"] if name in lock else []), "--dest", str(wheels), "--requirement", str(out / "one.txt")],
             capture_output=True, text=True, timeout=3600,
         )  # fmt: skip
         if found.returncode:
@@ -83,6 +85,16 @@ def pack(out: Path, part_bytes: int, have: set[str], with_vllm: bool) -> None:
     cut(sorted(wheels.iterdir()), out, part_bytes, {"left_out": left_out, "own_torch": with_vllm})
     sizes = json.loads((out / "part-000" / MANIFEST).read_text())["parts"]
     print(f"{len(sizes)} parts, {sum(size for size, _ in sizes) / 2**20:.0f} MiB, in {out}; left out: {left_out}")
+
+
+def environment(folder: Path, *, sees_this_one: bool) -> str:
+    """A virtual environment's interpreter. It may see the packages of the one that runs this, itself virtual or not."""
+    venv.create(folder, with_pip=True)
+    if sees_this_one:
+        (site,) = folder.glob("lib/python*/site-packages")
+        outer = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+        (site / "outer.pth").write_text("".join(f"{path}\n" for path in outer))  # its own packages come first
+    return str(folder / "bin" / "python")
 
 
 def cut(files: list[Path], out: Path, part_bytes: int, more: dict[str, Any]) -> None:
@@ -165,27 +177,41 @@ def join(folder: Path, described: dict[str, Any]) -> list[Path]:
 def install(folder: Path, into: Path) -> int:
     described = manifest(folder)
     paths = join(folder, described)
-    venv.create(into, system_site_packages=not described["own_torch"], with_pip=True)
-    pip = [str(into / "bin" / "python"), "-m", "pip", "install", "--no-index", "--no-deps", "--no-build-isolation"]
+    python = environment(into, sees_this_one=not described["own_torch"])
+    pip = [python, "-m", "pip", "install", "--no-index", "--no-deps", "--no-build-isolation"]
     pip += ["--disable-pip-version-check", "--quiet"]
-    failed = dict(described["left_out"])
+    failed: dict[str, str] = dict(described["left_out"])
     wheels = [path for path in paths if path.suffix == ".whl"]
     done = subprocess.run([*pip, *map(str, wheels)], capture_output=True, text=True)
     if done.returncode:
         print(done.stderr, file=sys.stderr)
         return 1
-    env = os.environ | {"NVTE_FRAMEWORK": "pytorch", "MAX_JOBS": str(os.cpu_count() or 1)}
     for path in paths:
-        if path.suffix != ".whl":  # compiled here, against the torch beside it
-            done = subprocess.run([*pip, str(path)], capture_output=True, text=True, env=env)
-            if done.returncode:
-                failed[path.name] = _last(done.stderr)
-    print(f"{len(paths) - len(failed)} packages in {into}")
+        if path.suffix != ".whl" and (reason := _compile(pip, path)):
+            failed[path.name] = reason
+    print(f"{sum(path.name not in failed for path in paths)} packages in {into}")
     for name, reason in failed.items():
         print(f"NOT installed: {name}: {reason}")
     if not described["own_torch"]:
         print("vLLM was not brought: it needs torch 2.13.0 (pack with --vllm); what needs it skips")
     return 0
+
+
+def _compile(pip: list[str], archive: Path) -> str:
+    """Install a source archive against the torch beside it; why that failed, or nothing.
+
+    Transformer Engine's looks for a finished wheel on the network unless it is told to build. Its headers of CUDA are
+    those of a toolkit where there is one, else those of the packages that came with torch.
+    """
+    env = os.environ | {"NVTE_FRAMEWORK": "pytorch", "NVTE_PYTORCH_FORCE_BUILD": "TRUE"}
+    env |= {"MAX_JOBS": str(os.cpu_count() or 1)}
+    reasons = []
+    for more in ({}, {"NVTE_BUILD_USE_NVIDIA_WHEELS": "1"}):
+        done = subprocess.run([*pip, str(archive)], capture_output=True, text=True, env=env | more)
+        if done.returncode == 0:
+            return ""
+        reasons.append(next((line for line in done.stderr.splitlines() if "rror:" in line), _last(done.stderr)).strip())
+    return "; ".join(dict.fromkeys(reasons))
 
 
 def _sha256(path: Path) -> str:
