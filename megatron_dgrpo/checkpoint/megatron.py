@@ -11,8 +11,8 @@ underneath does neither. Its load concatenates parameters that are saved in halv
 two thirds of the model, and torch's reader holds two saved tensors at a time; here blocks go into views of the
 parameters.
 
-Only tensors are loaded. Transformer Engine's modules save a state of their own beside their weights, which FP8 recipes
-that scale by the current values leave empty: a model of any layers loads what a model of any others saved.
+Only tensors are loaded. Transformer Engine's modules save a state of their own beside their weights; FP8 recipes that
+scale by the current values leave it empty, and a checkpoint of local layers has none.
 
 `.metadata` is a pickle, by torch's format. It is first read by an unpickler that knows the format's classes and no
 others, so that a file from elsewhere can't run anything.

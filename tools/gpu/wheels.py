@@ -75,7 +75,7 @@ def pack(out: Path, part_bytes: int, have: set[str], with_vllm: bool) -> None:
         (out / "one.txt").write_text(lock.get(name, name))
         found = subprocess.run(
             [python, "-m", "pip", "download", "--quiet", "--no-deps", "--no-build-isolation",
-             *(["--require-hashes"] if name in lock else []), "--dest", str(wheels), "--requirement", str(out / "one.txt")],
+             *(["--require-hashes"] if name in lock else []), "--dest", str(wheels), "-r", str(out / "one.txt")],
             capture_output=True, text=True, timeout=3600,
         )  # fmt: skip
         if found.returncode:
