@@ -8,7 +8,11 @@ Two things of Megatron's are done otherwise here, in the same format. Its synchr
 the asynchronous one: that starts a multiprocessing manager, which imports the caller's main module again (a script
 without a guard hangs), and it copies every view of a parameter before it writes the first. torch's own writer
 underneath does neither. Its load concatenates parameters that are saved in halves (gate and up-projection), copies of
-two thirds of the model; loading into views of the parameters leaves nothing to concatenate.
+two thirds of the model, and torch's reader holds two saved tensors at a time; here blocks go into views of the
+parameters.
+
+Only tensors are loaded. Transformer Engine's modules save a state of their own beside their weights; FP8 recipes that
+scale by the current values leave it empty, and a checkpoint of local layers has none.
 
 `.metadata` is a pickle, by torch's format. It is first read by an unpickler that knows the format's classes and no
 others, so that a file from elsewhere can't run anything.
@@ -27,22 +31,28 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories
 from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreLoadPlanner,
     MCoreSavePlanner,
     TorchDistLoadShardedStrategy,
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
 from megatron.core.dist_checkpointing.utils import extract_sharded_base
-from megatron.core.dist_checkpointing.validation import determine_global_metadata, validate_sharding_integrity
+from megatron.core.dist_checkpointing.validation import (
+    determine_global_metadata,
+    validate_sharding_integrity,
+    verify_checkpoint,
+)
 from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
+from torch.distributed.checkpoint import load as load_with_torch
 from torch.distributed.checkpoint import save as save_with_torch
 
 from megatron_dgrpo.checkpoint.agree import agreed
 from megatron_dgrpo.checkpoint.aside import readable, sync_folder, write_synced, written_aside
+from megatron_dgrpo.checkpoint.block_reader import BlockReader
 from megatron_dgrpo.checkpoint.hf.beside import copy_beside
 from megatron_dgrpo.checkpoint.hf.exporter import manifest
 from megatron_dgrpo.checkpoint.hf.families import read_spec
@@ -167,7 +177,26 @@ def load_megatron(decoder: Decoder, folder: str | Path) -> None:
         _check_fits(folder, saved, [entry for rank in everyone for entry in rank], decoder.spec)
         with _damage_named(folder), warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint\..*")  # about Megatron's calls
-            dist_checkpointing.load(described, str(folder / WEIGHTS), validate_access_integrity=False)
+            _load_weights(described, folder / WEIGHTS)
+
+
+def _load_weights(described: dict[str, Any], folder: Path) -> None:
+    verify_checkpoint(str(folder))
+    sharded, _ = extract_sharded_base(described)
+    by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded)
+    tensors = {key: entries for key, entries in by_key.items() if isinstance(entries[0], ShardedTensor)}
+    each = [entry for entries in tensors.values() for entry in entries]
+    load_with_torch(
+        mcore_to_pyt_state_dict(tensors, True),
+        storage_reader=BlockReader(folder),
+        planner=MCoreLoadPlanner(
+            shapes_validation_sharded_tensors=[entry for entry in each if not entry.allow_shape_mismatch],
+            allow_shape_mismatch_sharded_tensors={entry.key: entry for entry in each if entry.allow_shape_mismatch},
+            flatten_state_dict=False,
+            flatten_sharded_tensors=False,
+        ),
+        no_dist=True,
+    )
 
 
 def _check_fits(folder: Path, saved: dict[str, Any], wanted: list[Any], spec: ModelSpec) -> None:
