@@ -99,8 +99,8 @@ class Saver:
         self._saved: Saved | None = None
 
     def save(self, optimizer: MegatronOptimizer | None, trainer: Trainer, manifest: Manifest) -> None:
-        """Save what is there now; `wait` comes before. `manifest` has everything but the files. An optimizer has made an
-        update: before, it has no state."""
+        """Save what is there now; `wait` comes before. `manifest` has everything but the files. An optimizer has made
+        an update: before, it has no state."""
         assert self._thread is None and self._saved is None, "wait comes first"
         began = time.monotonic()
         target = self._folder / folder_name(manifest.stage, manifest.step)
