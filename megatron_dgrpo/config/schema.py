@@ -132,7 +132,8 @@ class Teacher(Frozen):
     model: str
     """Name of the model."""
     ranks: Literal["shared", "own"] = "shared"
-    """Run on the student's ranks (and further ones, where its layout is larger), or on ranks of its own after them."""
+    """Run on the student's ranks (and further ones, where its layout is larger), or on ranks of its own after those of
+    all others: teachers with ranks of their own follow each other in their order."""
     weights_in: Literal["device", "host"] = "device"
     """Where its layers rest between uses: on the device, or in pinned host memory."""
     rows_in: Literal["device", "host"] = "device"
@@ -163,6 +164,11 @@ class Dataset(Frozen):
     """Field of the prompt's text."""
     answer: str = "answer"
     """Field of the reference answer: SFT's target, and what rewards compare with."""
+
+
+class RoutedDataset(Dataset):
+    teacher: str | None = None
+    """Field of the name of the teacher (of its model) that scores the row's responses; needed by several teachers."""
 
 
 class Sampling(Frozen):
@@ -219,6 +225,7 @@ class DGRPO(Stage):
     """Rollouts, rewards, teacher, update, weight transfer."""
 
     kind: Literal["dgrpo"]
+    data: RoutedDataset
     engine: str
     prompts_per_step: PositiveInt
     group_size: Annotated[int, Field(ge=2)]
@@ -250,14 +257,24 @@ class Config(Frozen):
     student: str
     """Name of the model that is trained."""
     teachers: tuple[Teacher, ...] = ()
+    """Where there are several, each row of a dgrpo stage names its own (stages.N.data.teacher)."""
     engines: dict[str, Engine] = {}
     evaluation: Evaluation | None = None
     stages: Annotated[tuple[Annotated[SFT | DGRPO, Field(discriminator="kind")], ...], Field(min_length=1)]
     """Run in order, each from the previous one's weights."""
 
     @property
+    def first_ranks(self) -> tuple[int, ...]:
+        """Where each teacher's ranks begin; the last number is that of all ranks."""
+        shared = [self.student, *(teacher.model for teacher in self.teachers if teacher.ranks == "shared")]
+        end = max(self.models[name].layout.world_size for name in shared)
+        first = []
+        for teacher in self.teachers:
+            first.append(end if teacher.ranks == "own" else 0)
+            end += self.models[teacher.model].layout.world_size if teacher.ranks == "own" else 0
+        return (*first, end)
+
+    @property
     def num_ranks(self) -> int:
         """Ranks of the student, and those of teachers that are not among them."""
-        own = self.models[self.student].layout.world_size
-        sizes = [(teacher, self.models[teacher.model].layout.world_size) for teacher in self.teachers]
-        return max([own, *(size + (own if teacher.ranks == "own" else 0) for teacher, size in sizes)])
+        return self.first_ranks[-1]

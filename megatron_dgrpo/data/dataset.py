@@ -12,7 +12,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from megatron_dgrpo.config.schema import Dataset
+from megatron_dgrpo.config.schema import Dataset, RoutedDataset
 from megatron_dgrpo.data.jsonl import JsonLines
 
 
@@ -25,6 +25,8 @@ class PromptRow:
     answer: str
     fields: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """The whole row, for rewards that need more than the answer."""
+    teacher: str | None = None
+    """Name of the teacher that scores it, where the data say so."""
 
 
 class Rows(Sequence[PromptRow]):
@@ -32,7 +34,8 @@ class Rows(Sequence[PromptRow]):
 
     def __init__(self, dataset: Dataset) -> None:
         self._dataset = dataset
-        self._lines = JsonLines(dataset.path, (dataset.prompt, dataset.answer))
+        self._teacher = dataset.teacher if isinstance(dataset, RoutedDataset) else None
+        self._lines = JsonLines(dataset.path, (dataset.prompt, dataset.answer, *filter(None, [self._teacher])))
 
     def __len__(self) -> int:
         return len(self._lines)
@@ -47,7 +50,8 @@ class Rows(Sequence[PromptRow]):
         index += len(self) if index < 0 else 0
         row = self._lines[index]
         name = f"{self._lines.path.name}:{index + 1}"
-        return PromptRow(name, row[self._dataset.prompt], row[self._dataset.answer], row)
+        teacher = row[self._teacher] if self._teacher else None
+        return PromptRow(name, row[self._dataset.prompt], row[self._dataset.answer], row, teacher)
 
 
 def read_rows(dataset: Dataset) -> Rows:

@@ -57,16 +57,30 @@ class FrozenTeacher:
 
         `trees` are the whole batch, the same on all ranks, as is the way in which the student's ranks share it out.
         """
-        packing = self._packing(student_packing.max_tokens)
-        made = self._forward(trees, packing) if self.decoder is not None else None
+        return self.hand_over(self.score(trees, student_packing), trees, trees, student_packing)
+
+    def score(self, mine: Sequence[Tree], student_packing: Packing) -> TeacherRows | None:
+        """Rows of these trees where this model made them. Ranks without a part of it go on at once."""
+        if self.decoder is None or not mine:
+            return None
+        return self._forward(mine, self._packing(student_packing.max_tokens))
+
+    def hand_over(
+        self, made: TeacherRows | None, mine: Sequence[Tree], trees: Sequence[Tree], student_packing: Packing
+    ) -> TeacherRows | None:
+        """What `score` made of `mine`, some of the batch's `trees`, to the student's last stage.
+
+        Every rank of the world calls it, with or without rows. Where `mine` is empty nothing is sent.
+        """
         spread, everyone = self.rows_in == "host", dist.group.WORLD
         assert everyone is not None
         rows = redistribute(
             made,
+            mine,
             trees,
             teacher=self.groups.grid,
             student=self.student_groups.grid,
-            teacher_packing=packing,
+            teacher_packing=self._packing(student_packing.max_tokens),
             student_packing=student_packing,
             hidden_size=self.spec.hidden_size,
             dtype=self.options.dtype,

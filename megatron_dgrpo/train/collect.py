@@ -74,12 +74,19 @@ def _score(
     texts = [run.tokenizer.decode(found[key].tokens) for key in wanted]
     scores = Rewards(rewards).score([row_of[name] for name, _ in wanted], texts)
     return [
-        _trajectory(found[key], prompt_of[key[0]], {name: values[i] for name, values in scores.items()})
+        _trajectory(
+            found[key],
+            prompt_of[key[0]],
+            {name: values[i] for name, values in scores.items()},
+            row_of[key[0]].teacher,
+        )
         for i, key in enumerate(wanted)
     ]
 
 
-def _trajectory(completion: Completion, prompt_tokens: np.ndarray, rewards: dict[str, float]) -> Trajectory:
+def _trajectory(
+    completion: Completion, prompt_tokens: np.ndarray, rewards: dict[str, float], teacher: str | None
+) -> Trajectory:
     segment = Segment(
         tokens=completion.tokens,
         trained=True,
@@ -87,7 +94,7 @@ def _trajectory(completion: Completion, prompt_tokens: np.ndarray, rewards: dict
         weight_versions=completion.weight_versions,
     )
     return Trajectory(
-        completion.prompt_id, completion.sample, prompt_tokens, (segment,), completion.finish_reason, rewards
+        completion.prompt_id, completion.sample, prompt_tokens, (segment,), completion.finish_reason, rewards, teacher
     )
 
 

@@ -80,7 +80,8 @@ def _work(
     step: int,
 ) -> Work:
     """This rank's micro-batches of one update, and the streams of all of it."""
-    batch = dgrpo_streams(trajectories, totals(trajectories, stage.rewards), stage.objective)
+    teachers = run.teacher_names if stage.objective.uses_teacher else ()
+    batch = dgrpo_streams(trajectories, totals(trajectories, stage.rewards), stage.objective, teachers)
     for name, value in batch.facts.items():
         facts[name] = facts.get(name, 0.0) + value
     layouts = run.micro_batches(trees(trajectories), stage.micro_batch_tokens)
@@ -97,21 +98,19 @@ def _work(
 
 
 def _teach(run: Run, stage: DGRPO, work: Work, trajectories: Sequence[Trajectory]) -> Work:
-    """With the teacher's rows, where the objective has a teacher."""
+    """With what the teachers say, where the objective has teachers."""
     if not stage.objective.uses_teacher:
         return work
-    teacher = run.load_teacher()
-    rows = teacher.rows(trees(trajectories), run.packing(stage.micro_batch_tokens))
-    return replace(work, teacher_head=teacher.head, teacher_rows=rows)
+    return replace(work, lessons=run.load_teachers().teach(trajectories, run.packing(stage.micro_batch_tokens)))
 
 
 def _preflight(
     run: Run, stage: DGRPO, work: Work, factors: dict[str, float], trajectories: Sequence[Trajectory]
 ) -> dict[str, float]:
-    """The teacher has the student's weights where both come from one folder and nothing was trained yet."""
-    again = run.load_teacher().rows(trees(trajectories), run.packing(stage.micro_batch_tokens))
-    teacher = run.config.models[run.config.teachers[0].model]
-    same = run.version == 0 and Path(teacher.path).resolve() == Path(run.model.path).resolve()
+    """A teacher has the student's weights where both come from one folder and nothing was trained yet."""
+    again = run.load_teachers().teach(trajectories, run.packing(stage.micro_batch_tokens))
+    paths = {name: Path(run.config.models[name].path).resolve() for name in run.teacher_names}
+    same = {name for name, path in paths.items() if run.version == 0 and path == Path(run.model.path).resolve()}
     return check_update(run.trained, work, again, factors, same_weights=same)
 
 
