@@ -10,7 +10,7 @@ from megatron_dgrpo.errors import DataError, listing
 
 
 def check_teachers(rows: Iterable[PromptRow], names: Sequence[str], *, where: str) -> set[str]:
-    """Each row names one of the teachers. Returns those that are named; `where` is the setting of the rows' field."""
+    """Each row names one of the teachers. Returns those that are named; `where` is the setting of their field."""
     found: set[str] = set()
     num_bad, problems = 0, []
     for row in rows:
@@ -23,6 +23,6 @@ def check_teachers(rows: Iterable[PromptRow], names: Sequence[str], *, where: st
     if num_bad:
         more = [f"and {num_bad - MAX_LISTED} more"] if num_bad > MAX_LISTED else []
         known = ", ".join(map(repr, names))
-        title = f"{num_bad} rows name a teacher that is not listed (there is {known}); correct them, or {where}:"
+        title = f"{num_bad} rows name a teacher that is not listed (there is {known}); correct them or {where}:"
         raise DataError(listing(title, problems + more))
     return found

@@ -188,9 +188,12 @@ def _head(
     first_beyond = min(student_spec.vocab_size, spec.vocab_size) if last else spec.vocab_size
 
     def read(begin: int, end: int) -> torch.Tensor:
-        return read_head(folder, spec, begin, end, dtype).to(platform.device())
+        rows = torch.empty(end - begin, spec.hidden_size, dtype=dtype, device=platform.device())
+        read_head(folder, spec, begin, rows)
+        return rows
 
-    shared = _embedding_rows(decoder, start, stop) if weights_in == "device" else None
+    on_device = weights_in == "device" or not torch.cuda.is_available()
+    shared = _embedding_rows(decoder, start, stop) if on_device else None
     beyond = read(first_beyond, spec.vocab_size)
     rows = read(start, stop) if shared is None else shared
     return HeadShard(rows, first, stop - start, beyond if len(beyond) else None)

@@ -73,7 +73,7 @@ def check_update(
         if not gap <= tolerance:
             problems.append(
                 f"{of}the teacher's rows differ by {gap:.3g} of their norm from a second scoring of the same tokens,"
-                f" not <= {tolerance:g}: they are in another order, belong to other tokens, or were changed on their way"
+                f" not <= {tolerance:g}: they are in another order, belong to other tokens or were changed on their way"
             )
     return _agree(problems, measured, student)
 
