@@ -179,7 +179,10 @@ def _head(
     dtype: torch.dtype,
     weights_in: Memory,
 ) -> HeadShard:
-    """Cut at the student's vocabulary boundaries, whatever the teacher's own vocabulary's padding is."""
+    """Cut at the student's vocabulary boundaries, whatever the teacher's own vocabulary's padding is.
+
+    Where a tied teacher's embedding is on this rank, too, and one has all rows of the other, they are one tensor.
+    """
     grid = student_groups.grid
     first, num_valid = student_spec.vocabulary_shard(grid.coordinate("tp"), grid.tp)
     start = min(first, spec.vocab_size)
@@ -193,19 +196,38 @@ def _head(
         return rows
 
     on_device = weights_in == "device" or not torch.cuda.is_available()
-    shared = _embedding_rows(decoder, start, stop) if on_device else None
+    embedding = _tied_embedding(decoder) if on_device else None
     beyond = read(first_beyond, spec.vocab_size)
-    rows = read(start, stop) if shared is None else shared
+    if embedding is None:
+        rows = read(start, stop)
+    elif embedding.first <= start <= stop <= embedding.stop:
+        rows = embedding.weight.detach()[start - embedding.first : stop - embedding.first]
+    elif start <= embedding.first <= embedding.stop <= stop and len(embedding.weight) == embedding.num_rows:
+        embedding.weight.data = embedding.weight.new_empty(0)  # before the head is there
+        rows = read(start, stop)
+        embedding.weight.data = rows[embedding.first - start : embedding.stop - start]
+    else:
+        rows = read(start, stop)
     return HeadShard(rows, first, stop - start, beyond if len(beyond) else None)
 
 
-def _embedding_rows(decoder: Decoder | None, start: int, stop: int) -> torch.Tensor | None:
-    """These rows of a tied teacher's head, where this rank has them as its embedding already."""
+@dataclass(frozen=True)
+class _Embedding:
+    """A tied teacher's embedding on its first stage, which has rows of its head."""
+
+    weight: torch.nn.Parameter
+    first: int
+    num_rows: int
+    """Without those that pad the vocabulary."""
+
+    @property
+    def stop(self) -> int:
+        return self.first + self.num_rows
+
+
+def _tied_embedding(decoder: Decoder | None) -> _Embedding | None:
     if decoder is None or not decoder.spec.tied or not decoder.groups.grid.first_stage:
         return None
     grid = decoder.groups.grid
-    first, num_valid = decoder.spec.vocabulary_shard(grid.coordinate("tp"), grid.tp)
-    if not first <= start <= stop <= first + num_valid:
-        return None
-    weight: torch.Tensor = decoder.parts[0].embedding.word_embeddings.weight
-    return weight.detach()[start - first : stop - first]
+    shard = decoder.spec.vocabulary_shard(grid.coordinate("tp"), grid.tp)
+    return _Embedding(decoder.parts[0].embedding.word_embeddings.weight, *shard)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,39 +61,45 @@ class Case:
 def _trajectories(num_tokens: int) -> list[Trajectory]:
     draw = np.random.default_rng(0)
     return [
-        Trajectory(str(i), 0, draw.integers(0, 1000, 8), (Segment(draw.integers(0, 1000, num_tokens), True),), "stop")
+        Trajectory(str(i), 0, draw.integers(0, 64, 8), (Segment(draw.integers(0, 64, num_tokens), True),), "stop")
         for i in range(4)
     ]
 
 
-def _load_and_score(rank: int, world: int, folder: str, case: Case, num_tokens: int) -> tuple[int, int]:
-    """Peak, and what the rank must hold."""
+def _measure(rank: int, world: int, folder: str, tiny: str, case: Case, num_tokens: int) -> tuple[int, int]:
+    """Peak, and what the rank must hold. A tiny teacher goes first, so that everything is imported."""
     from megatron_dgrpo.checkpoint.hf.families import read_spec
-    from megatron_dgrpo.model.megatron_config import BuildOptions
-    from megatron_dgrpo.packing.pack import Packing
-    from megatron_dgrpo.packing.trees import trees
     from megatron_dgrpo.parallel.groups import Groups
-    from megatron_dgrpo.teacher.frozen import load_teacher
 
-    spec, layout = read_spec(folder), case.student
+    layout = case.student
     student = Groups(tp=layout.tp, dp=layout.dp, pp=layout.pp)
     layout = case.teacher
     own = Groups(tp=layout.tp, dp=layout.dp, pp=layout.pp, first_rank=case.first_rank)
     next(mine for mine in (student, own) if mine.member).seed(0)
-    grown, packing = trees(_trajectories(num_tokens)), Packing(512, dp=case.student.dp, multiple_of=4)
+    _load_and_score(tiny, case, student, own, 4)
     with Peak() as peak:
-        teacher = load_teacher(
-            folder,
-            groups=own,
-            options=BuildOptions(case.dtype),
-            student_spec=spec,
-            student_groups=student,
-            weights_in=case.placed_in,
-            rows_in=case.placed_in,
-        )
-        rows = teacher.rows(grown, packing)
-        assert (rows is not None) == (teacher.head is not None)
-    return peak.bytes, _must_hold(spec, case, student.grid, own.grid, 4 * num_tokens)
+        kept = _load_and_score(folder, case, student, own, num_tokens)
+    assert (kept[1] is not None) == (kept[0].head is not None)
+    return peak.bytes, _must_hold(read_spec(folder), case, student.grid, own.grid, 4 * num_tokens)
+
+
+def _load_and_score(folder: str, case: Case, student: Any, own: Any, num_tokens: int) -> Any:
+    from megatron_dgrpo.checkpoint.hf.families import read_spec
+    from megatron_dgrpo.model.megatron_config import BuildOptions
+    from megatron_dgrpo.packing.pack import Packing
+    from megatron_dgrpo.packing.trees import trees
+    from megatron_dgrpo.teacher.frozen import load_teacher
+
+    teacher = load_teacher(
+        folder,
+        groups=own,
+        options=BuildOptions(case.dtype),
+        student_spec=read_spec(folder),
+        student_groups=student,
+        weights_in=case.placed_in,
+        rows_in=case.placed_in,
+    )
+    return teacher, teacher.rows(trees(_trajectories(num_tokens)), Packing(256, dp=case.student.dp, multiple_of=4))
 
 
 def _must_hold(spec, case: Case, student, teacher, num_rows: int) -> int:
@@ -136,6 +143,7 @@ CASES = {
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
 def small(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[bool, Path]:
     folder = tmp_path_factory.mktemp("model") / "small"
+    _save(folder.with_name("tiny"), hidden=512, vocab=64, tied=request.param)
     return request.param, _save(folder, hidden=1024, vocab=16384, tied=request.param)
 
 
@@ -144,6 +152,6 @@ def test_nothing_of_a_teacher_is_held_twice(small: tuple[bool, Path], name: str)
     case, (tied, folder) = CASES[name], small
     if case.tied != tied:
         pytest.skip("the other kind of model")
-    for peak, must_hold in run_distributed(_load_and_score, case.world, str(folder), case, 100):
+    for peak, must_hold in run_distributed(_measure, case.world, str(folder), str(folder.with_name("tiny")), case, 100):
         print(name, peak >> 20, must_hold >> 20)
         assert peak <= must_hold + (24 << 20), (peak >> 20, must_hold >> 20)
