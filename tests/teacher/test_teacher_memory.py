@@ -153,5 +153,23 @@ def test_nothing_of_a_teacher_is_held_twice(small: tuple[bool, Path], name: str)
     if case.tied != tied:
         pytest.skip("the other kind of model")
     for peak, must_hold in run_distributed(_measure, case.world, str(folder), str(folder.with_name("tiny")), case, 100):
-        print(name, peak >> 20, must_hold >> 20)
         assert peak <= must_hold + (24 << 20), (peak >> 20, must_hold >> 20)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(Layout(), Layout()),
+        Case(Layout(tp=2), Layout(tp=2), placed_in="host"),
+        Case(Layout(tp=2), Layout(pp=2), first_rank=2),
+        Case(Layout(dp=2), Layout(tp=2), first_rank=2, placed_in="host"),
+    ],
+    ids=str,
+)
+def test_the_peak_of_a_large_teacher(tmp_path: Path, case: Case) -> None:
+    """1.3 GiB in float32."""
+    tiny = _save(tmp_path / "tiny", hidden=512, vocab=64, tied=False)
+    folder = _save(tmp_path / "large", hidden=2048, vocab=65536, tied=False)
+    for peak, must_hold in run_distributed(_measure, case.world, str(folder), str(tiny), case, 100):
+        assert peak <= 1.25 * must_hold + (256 << 20), (peak >> 20, must_hold >> 20)
