@@ -129,8 +129,15 @@ def _teachers(config: Config) -> Iterator[str]:
                 f"{path}.objective.beta: the KL needs a teacher; add teachers: [{{model: NAME}}], "
                 f"or set {path}.objective.beta=0 for GRPO alone"
             )
-        elif len(set(names)) > 1:
-            yield f"{path}.objective.beta: the KL is to exactly one teacher, {len(set(names))} are listed; keep one"
+    for path, stage in dgrpo_stages(config):
+        routed = [source.teacher is not None for source in stage.data.sources]
+        if path in taught and len(set(names)) > 1 and not all(routed):
+            yield (
+                f"{path}.data.teacher: {len(set(names))} teachers are listed, and nothing says which of them scores a "
+                f"row; set {path}.data.teacher to the field with the name of its teacher's model, or keep one teacher"
+            )
+        elif path not in taught and any(routed):
+            yield f"{path}.data.teacher: the stage has no teacher; remove it, or set {path}.objective.beta above 0"
     if names and not taught:
         why = "every dgrpo stage has objective.beta 0" if dgrpo_stages(config) else "there is no dgrpo stage"
         yield f"teachers: listed, but no stage uses one ({why}); set teachers=[] or an objective.beta above 0"
@@ -145,6 +152,8 @@ def _teachers(config: Config) -> Iterator[str]:
 def _data(config: Config) -> Iterator[str]:
     for i, stage in enumerate(config.stages):
         yield from data_problems(f"stages.{i}.data", stage.data, needs_answer=isinstance(stage, SFT))
+        if isinstance(stage, SFT) and any(source.teacher is not None for source in stage.data.sources):
+            yield f"stages.{i}.data.teacher: this stage has no teacher; remove it"
     if config.evaluation is not None:
         yield from data_problems("evaluation.data", config.evaluation.data)
         if config.evaluation.data.mixture or config.evaluation.data.streaming:

@@ -139,7 +139,8 @@ class Teacher(Frozen):
     model: str
     """Name of the model."""
     ranks: Literal["shared", "own"] = "shared"
-    """Run on the student's ranks (and further ones, where its layout is larger), or on ranks of its own after them."""
+    """Run on the student's ranks (and further ones, where its layout is larger), or on ranks of its own after those of
+    all others: teachers with ranks of their own follow each other in their order."""
     weights_in: Literal["device", "host"] = "device"
     """Where its layers rest between uses: on the device, or in pinned host memory."""
     rows_in: Literal["device", "host"] = "device"
@@ -303,6 +304,7 @@ class Config(Frozen):
     student: str
     """Name of the model that is trained."""
     teachers: tuple[Teacher, ...] = ()
+    """Where there are several, each row of a dgrpo stage names its own (stages.N.data.teacher)."""
     engines: dict[str, Engine] = {}
     reward_workers: PositiveInt = 2
     """Processes in which responses are scored, beside rank 0."""
@@ -314,8 +316,17 @@ class Config(Frozen):
     """Run in order, each from the previous one's weights."""
 
     @property
+    def first_ranks(self) -> tuple[int, ...]:
+        """Where each teacher's ranks begin; the last number is that of all ranks."""
+        shared = [self.student, *(teacher.model for teacher in self.teachers if teacher.ranks == "shared")]
+        end = max(self.models[name].layout.world_size for name in shared)
+        first = []
+        for teacher in self.teachers:
+            first.append(end if teacher.ranks == "own" else 0)
+            end += self.models[teacher.model].layout.world_size if teacher.ranks == "own" else 0
+        return (*first, end)
+
+    @property
     def num_ranks(self) -> int:
         """Ranks of the student, and those of teachers that are not among them."""
-        own = self.models[self.student].layout.world_size
-        sizes = [(teacher, self.models[teacher.model].layout.world_size) for teacher in self.teachers]
-        return max([own, *(size + (own if teacher.ranks == "own" else 0) for teacher, size in sizes)])
+        return self.first_ranks[-1]

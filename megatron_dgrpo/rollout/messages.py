@@ -173,11 +173,14 @@ class Group:
     prompt_id: str
     prompt_tokens: np.ndarray  # int32 [p]
     responses: tuple[Response, ...]
+    teacher: str | None = None  # the name of the one that scores it, where the data say so
 
     @property
     def trajectories(self) -> list[Trajectory]:
         return [
-            Trajectory(self.prompt_id, r.sample, self.prompt_tokens, r.segments, r.finish_reason, r.rewards)
+            Trajectory(
+                self.prompt_id, r.sample, self.prompt_tokens, r.segments, r.finish_reason, r.rewards, self.teacher
+            )
             for r in self.responses
         ]
 

@@ -19,7 +19,7 @@ from megatron_dgrpo.checkpoint.hf.exporter import export_folder, export_shards, 
 from megatron_dgrpo.checkpoint.hf.families import read_spec
 from megatron_dgrpo.checkpoint.hf.output_files import nbytes
 from megatron_dgrpo.config.rewards import AnyReward
-from megatron_dgrpo.config.schema import SFT, Config, Model, Stage
+from megatron_dgrpo.config.schema import SFT, Config, Model, Stage, Teacher
 from megatron_dgrpo.data.chat import prompt_ids
 from megatron_dgrpo.data.dataset import PromptSource, Rows
 from megatron_dgrpo.data.rows import PromptRow
@@ -49,6 +49,7 @@ from megatron_dgrpo.rollout.messages import Chunk
 from megatron_dgrpo.rollout.transfer import push_weights
 from megatron_dgrpo.teacher.frozen import FrozenTeacher, load_teacher
 from megatron_dgrpo.train.student import Student, load_student
+from megatron_dgrpo.train.teachers import Teachers
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -71,7 +72,7 @@ class Engines:
 class Run:
     config: Config
     groups: Groups
-    student: Student | None  # on ranks that are not the teacher's alone
+    student: Student | None  # on ranks that are not a teacher's alone
     tokenizer: Tokenizer
     store: dist.Store
     engines: Engines | None  # on rank 0
@@ -79,8 +80,8 @@ class Run:
     journal: Journal | None  # on rank 0
     shm_prefix: str
     rewards: RewardPool | None = None  # on rank 0
-    teacher_groups: Groups | None = None
-    teacher: FrozenTeacher | None = None
+    teacher_groups: tuple[Groups, ...] = ()
+    teachers: Teachers | None = None
     versions: dict[str, int] = field(default_factory=dict)  # of the weights that each engine has
     version: int = 0  # of the student's weights: the number of updates so far
     _published: int = 0
@@ -161,24 +162,31 @@ class Run:
             )
         return found.trajectories
 
-    def load_teacher(self) -> FrozenTeacher:
-        """The teacher, loaded when the first stage asks for it, on every rank of the world."""
-        if self.teacher is None:
-            assert self.teacher_groups is not None
-            settings = self.config.teachers[0]
-            model = self.config.models[settings.model]
-            with self.board.task("load the teacher"):
-                self.teacher = load_teacher(
-                    model.path,
-                    groups=self.teacher_groups,
-                    options=build_options(model),
-                    student_spec=read_spec(self.model.path, self.model.rope),
-                    student_groups=self.groups,
-                    rope=model.rope,
-                    weights_in=settings.weights_in,
-                    rows_in=settings.rows_in,
-                )
-        return self.teacher
+    @property
+    def teacher_names(self) -> tuple[str, ...]:
+        return tuple(teacher.model for teacher in self.config.teachers)
+
+    def load_teachers(self) -> Teachers:
+        """The teachers, loaded when the first stage asks for them, on every rank of the world."""
+        if self.teachers is None:
+            pairs = zip(self.config.teachers, self.teacher_groups, strict=True)
+            models = tuple(self._load(teacher, groups) for teacher, groups in pairs)
+            self.teachers = Teachers(self.teacher_names, models)
+        return self.teachers
+
+    def _load(self, teacher: Teacher, groups: Groups) -> FrozenTeacher:
+        model = self.config.models[teacher.model]
+        with self.board.task(f"load {teacher.model}"):
+            return load_teacher(
+                model.path,
+                groups=groups,
+                options=build_options(model),
+                student_spec=self.spec,
+                student_groups=self.groups,
+                rope=model.rope,
+                weights_in=teacher.weights_in,
+                rows_in=teacher.rows_in,
+            )
 
     def sync(self, engine: str) -> None:
         """Give an engine the student's weights, unless it has them."""

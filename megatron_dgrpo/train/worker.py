@@ -56,11 +56,11 @@ def main(*, config_path: str, engines: Mapping[str, str], key: str, shm_prefix: 
 def _build(config: Config, store: dist.Store, engines: Mapping[str, str], key: str, shm_prefix: str) -> Run:
     model = config.models[config.student]
     groups = _groups(model.layout, config)
-    teacher_groups = None
-    if config.teachers:
-        first_rank = groups.grid.size if config.teachers[0].ranks == "own" else 0
-        teacher_groups = _groups(config.models[config.teachers[0].model].layout, config, first_rank)
-    (groups if groups.member or teacher_groups is None else teacher_groups).seed(config.seed)
+    teacher_groups = tuple(
+        _groups(config.models[teacher.model].layout, config, first_rank)
+        for teacher, first_rank in zip(config.teachers, config.first_ranks[:-1], strict=True)
+    )
+    next(mine for mine in (groups, *teacher_groups) if mine.member).seed(config.seed)
     torch.manual_seed(config.seed)
     first = dist.get_rank() == 0
     student = load_run_student(config, groups) if groups.member else None

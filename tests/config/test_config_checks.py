@@ -112,6 +112,11 @@ def test_ranks_of_a_run() -> None:
     assert (
         num_ranks(("models.large.layout", {"tp": 2, "pp": 2}), ("teachers", [{"model": "large", "ranks": "own"}])) == 6
     )
+    several = [{"model": "large", "ranks": "own"}, {"model": "shared"}, {"model": "last", "ranks": "own"}]
+    layouts = {"large": {"tp": 2}, "shared": {"dp": 4}, "last": {"pp": 3}}
+    models = [(f"models.{name}", {"path": name, "layout": layout}) for name, layout in layouts.items()]
+    config = spoilt(*models, ("teachers", several))
+    assert config.first_ranks == (4, 0, 6, 9) and config.num_ranks == 9  # after those that students and teachers share
 
 
 def test_teachers_and_beta() -> None:
@@ -125,7 +130,12 @@ def test_teachers_and_beta() -> None:
         "teachers: 'large' is listed 2 times; list it once"
     )
     two = [{"model": "large"}, {"model": "small"}]
-    assert only(("teachers", two)).startswith("stages.1.objective.beta: the KL is to exactly one teacher, 2 are listed")
+    assert only(("teachers", two)).startswith("stages.1.data.teacher: 2 teachers are listed, and nothing says which")
+    routed = ("stages.1.data.teacher", "teacher")
+    assert problems(spoilt(("teachers", two), routed)) == []
+    assert only(("teachers", []), routed, ("stages.1.objective", {"beta": 0})) == (
+        "stages.1.data.teacher: the stage has no teacher; remove it, or set stages.1.objective.beta above 0"
+    )
 
 
 def test_a_stage_that_learns_nothing() -> None:

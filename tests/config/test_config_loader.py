@@ -215,7 +215,7 @@ def test_values_out_of_range_say_what_they_are_for(good: Path) -> None:
     assert only(good, "stages.1.rewards=[]").startswith("stages.1.rewards: has 0 entries and needs at least 1")
     assert only(good, "stages=[]").startswith("stages: has 0 entries and needs at least 1")
     assert only(good, "models.small=").startswith("models.small: nothing (an empty or null value) should be a mapping")
-    assert only(good, "teachers={model: small}") == "teachers: a mapping should be a list"
+    assert only(good, "teachers={model: small}").startswith("teachers: a mapping should be a list (")
     assert only(good, "stages.0.optimizer.lr=.nan").startswith("stages.0.optimizer.lr: nan should be")
 
 
