@@ -90,6 +90,7 @@ def _engine_args(engine: Engine, model: Model, address: str, key: str) -> dict[s
         "max_num_seqs": engine.max_num_seqs,
         "prefix_cache": engine.prefix_cache,
         "threads": engine.threads,
+        "tp": engine.tp,
         "hf_overrides": _rope(model),
     }
 

@@ -1,6 +1,7 @@
 """After a weight transfer, the same engine process answers like a fresh engine on the exported folder; and the check
 that shows it fails when a tensor or the reset of the prefix cache is withheld."""
 
+import copy
 import glob
 
 import numpy as np
@@ -118,7 +119,7 @@ def every_withheld_tensor(folders, path):
         except TransferError as error:
             refused = str(error)
         whole = engine.whole
-        Transfer.finish_weight_update = lambda self: self._unmap()
+        Transfer.finish_weight_update = lambda self: (self._waiting.clear(), finish(self))
         push_in_process(engine, folders[0], 4, path)
         push_in_process(engine, folders[1], 5, path, [name])
         Transfer.finish_weight_update = finish
@@ -126,15 +127,36 @@ def every_withheld_tensor(folders, path):
     return found, good
 
 
-@pytest.mark.parametrize("kind", ["tied", "untied"])
-def test_each_withheld_tensor_is_refused_and_would_be_noticed(kind, request, tmp_path):
+@pytest.mark.parametrize(("kind", "num_tensors"), [("tied", 24), ("untied", 25), ("moe", 45)])
+def test_each_withheld_tensor_is_refused_and_would_be_noticed(kind, num_tensors, request, tmp_path):
     folders = request.getfixturevalue(f"{kind}_folders")
     found, good = run_forked(every_withheld_tensor, folders, str(tmp_path / "file"), preload="engine")
     assert difference(good, fresh(folders[1], greedy())) <= TOLERANCE
-    assert len(found) == (25 if kind == "untied" else 24)
+    assert len(found) == num_tensors
     for name, (refused, whole, off) in found.items():
         assert name in refused and "never came" in refused and not whole
         assert off > TOLERANCE, name
+
+
+def _keep_an_old_head(worker):
+    """The head as a copy of its own, which no update reaches."""
+    model = worker.model_runner.model
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    model.lm_head.weight = copy.deepcopy(model.lm_head.weight)
+
+
+def with_an_old_head(folders, path):
+    engine, requests = make_engine(folders[0]), greedy()
+    push_in_process(engine, folders[1], 1, path)
+    good = run_engine(engine, requests)
+    push_in_process(engine, folders[0], 2, path)
+    engine.llm.collective_rpc(_keep_an_old_head)
+    push_in_process(engine, folders[1], 3, path)
+    return difference(run_engine(engine, requests), good)
+
+
+def test_a_tied_head_that_stays_behind_would_be_noticed(tied_folders, tmp_path):
+    assert run_forked(with_an_old_head, tied_folders, str(tmp_path / "file"), preload="engine") > 0.01
 
 
 def without_cache_reset(folders, path):
