@@ -17,7 +17,9 @@ from torch.distributed import PrefixStore, Store
 
 from megatron_dgrpo.errors import TransferError
 
-_LONGEST_SLEEP_S = 0.02
+_SHORTEST_SLEEP_S, _LONGEST_SLEEP_S = 0.0002, 0.02
+_LATE = 0.1
+"""How much later than it could a wait may end, as a part of it: a bucket is written in milliseconds."""
 Answer = TypeVar("Answer")
 
 
@@ -58,14 +60,14 @@ class Board:
         return self._poll(lambda: self._store.get(key) if self._store.check([key]) else None, what)
 
     def _poll(self, probe: Callable[[], Answer | None], what: str) -> Answer:
-        sleep = 0.0002
+        start = time.monotonic()
         while (answer := self._ask(probe)) is None:
             if self._ask(lambda: self._store.check(["failure"])):
                 raise TransferError(f"{self._store.get('failure').decode()} (rank {self.rank} waited for {what})")
-            if time.monotonic() > self._deadline:
+            now = time.monotonic()
+            if now > self._deadline:
                 raise TransferError(f"the deadline passed: rank {self.rank} waited for {what}")
-            time.sleep(sleep)
-            sleep = min(2 * sleep, _LONGEST_SLEEP_S)
+            time.sleep(min(_LONGEST_SLEEP_S, max(_SHORTEST_SLEEP_S, _LATE * (now - start))))
         return answer
 
     def _ask(self, question: Callable[[], Answer]) -> Answer:

@@ -168,12 +168,13 @@ class BeginUpdate:
 @register
 @dataclass(frozen=True)
 class LoadBucket:
-    """These tensors lie in the file now. `Done` says that the file's part may be overwritten."""
+    """These tensors, or rows of them, lie in the file now. `Done` says that the file's part may be overwritten."""
 
     call: int
     names: tuple[str, ...]
     offsets: tuple[int, ...]
     checksums: tuple[int, ...]  # one for each name, or none at all
+    rows: tuple[tuple[int, int], ...] = ()  # (start, stop) for each name, or none at all: whole tensors
 
 
 @register

@@ -33,7 +33,7 @@ from megatron_dgrpo.checkpoint.hf.shards import WeightShard, WeightSpec
 from megatron_dgrpo.errors import DGRPOError, TransferError
 from megatron_dgrpo.rollout.board import Board
 from megatron_dgrpo.rollout.boxes import Box, ShardReader, check_coverage
-from megatron_dgrpo.rollout.buckets import NUM_SLOTS, Bucket, Plan, plan_buckets
+from megatron_dgrpo.rollout.buckets import NUM_SLOTS, Bucket, Piece, Plan, piece_shape, plan_buckets
 from megatron_dgrpo.rollout.checksum import MODULUS, partial_checksum
 from megatron_dgrpo.rollout.client import EngineClient
 from megatron_dgrpo.rollout.messages import TensorSpec
@@ -166,21 +166,27 @@ class _Push:
             self._collect_answers(len(self.plan.buckets))
 
     def _write(self, bucket: Bucket, shards: ShardReader) -> None:
-        places = dict(zip(bucket.indices, bucket.offsets, strict=True))
         boxes: list[tuple[int, Box]] = []
-        sums = dict.fromkeys(bucket.indices, 0)
-        for index, shard in shards.up_to(bucket.indices[-1]):
-            spec = self.manifest[index]
-            self.target(places[index], spec)[tuple(slice(*b) for b in shard.box)].copy_(shard.local_tensor)
-            boxes.append((index, shard.box))
+        sums = [0] * len(bucket.pieces)
+        for number, box, shard in shards.parts(bucket.pieces):
+            piece, spec = bucket.pieces[number], self.manifest[bucket.pieces[number].index]
+            local, place = shard.local_tensor, self.target(piece, spec)
+            if box:
+                first, (start, stop) = shard.box[0][0], box[0]
+                local = local[start - first : stop - first]
+                place = place[(slice(start - piece.start, stop - piece.start), *(slice(*b) for b in box[1:]))]
+            place.copy_(local)
+            boxes.append((number, box))
             if self.checksums:
-                sums[index] += partial_checksum(shard.local_tensor.to(spec.dtype), shard.box, spec.global_shape)
-        wrote = json.dumps([boxes, [total % MODULUS for total in sums.values()]]).encode()
+                exact = tuple((a, b) for a, b in box)
+                sums[number] += partial_checksum(local.to(spec.dtype), exact, spec.global_shape)
+        wrote = json.dumps([boxes, [total % MODULUS for total in sums]]).encode()
         self.board.publish(f"wrote{bucket.slot}/{self.board.rank}", wrote)
 
-    def target(self, offset: int, spec: WeightSpec) -> torch.Tensor:
-        count = torch.Size(spec.global_shape).numel() * spec.dtype.itemsize
-        return self.file[offset : offset + count].view(spec.dtype).view(spec.global_shape)
+    def target(self, piece: Piece, spec: WeightSpec) -> torch.Tensor:
+        shape = torch.Size(piece_shape(spec.global_shape, piece.start, piece.stop))
+        count = shape.numel() * spec.dtype.itemsize
+        return self.file[piece.offset : piece.offset + count].view(spec.dtype).view(shape)
 
     # ---- rank 0 and the engines ----
 
@@ -191,12 +197,14 @@ class _Push:
         self._unlink()  # every rank has mapped the file, or it could not have written
         keys = [f"wrote{bucket.slot}/{rank}" for rank in range(self.board.num_ranks)]
         wrote = [json.loads(self.board.await_key(key, "its account of what it wrote")) for key in keys]
-        check_coverage(self.manifest, bucket.indices, [boxes for boxes, _ in wrote])
-        names = [self.manifest[i].hf_name for i in bucket.indices]
+        check_coverage(self.manifest, bucket.pieces, [boxes for boxes, _ in wrote])
+        names = [self.manifest[piece.index].hf_name for piece in bucket.pieces]
+        offsets = [piece.offset for piece in bucket.pieces]
+        rows = [(piece.start, piece.stop) for piece in bucket.pieces]
         sums = [sum(parts) % MODULUS for parts in zip(*[sums for _, sums in wrote], strict=True)]
         left = self.board.left()
         sums = sums if self.checksums else []
-        self.asked.append([c.load_bucket(names, bucket.offsets, sums, deadline_s=left) for c in self.clients])
+        self.asked.append([c.load_bucket(names, offsets, sums, rows, deadline_s=left) for c in self.clients])
 
     def _collect_answers(self, num_rounds: int) -> None:
         while self.num_loaded_rounds < num_rounds:

@@ -51,7 +51,7 @@ def test_a_tensor_that_no_rank_sends_leaves_the_engine_refusing(untied_folders):
     with engine_host(untied_folders[0]) as host:
         old = host.answers(greedy())
         errors = run_distributed(push_folder, 2, untied_folders[1], host.address, host.key, 1, [name])
-        assert all(f"{name}: 6144 of its 6144 elements were written by no rank" in error for error in errors)
+        assert all(f"{name}: " in error and "were written by no rank" in error for error in errors)
         assert not host.client.describe().whole
         with pytest.raises(RolloutError, match="not whole"):
             host.answers(greedy())
@@ -119,7 +119,7 @@ def every_withheld_tensor(folders, path):
         except TransferError as error:
             refused = str(error)
         whole = engine.whole
-        Transfer.finish_weight_update = lambda self: (self._waiting.clear(), finish(self))
+        Transfer.finish_weight_update = lambda self: (self._next_row.clear(), finish(self))
         push_in_process(engine, folders[0], 4, path)
         push_in_process(engine, folders[1], 5, path, [name])
         Transfer.finish_weight_update = finish
