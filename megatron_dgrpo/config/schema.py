@@ -124,8 +124,8 @@ class Engine(Frozen):
     """How long the host may take to be ready."""
     request_timeout_s: PositiveFloat = 1800.0
     """How long a batch of requests may take."""
-    bucket_bytes: PositiveInt = 2**26
-    """Weights arrive in buckets of this size (or of one tensor, where that is larger); two are in flight."""
+    bucket_bytes: PositiveInt = 2**24
+    """Weights arrive in buckets of this size; two are in flight."""
     checksums: bool = False
     """Compare a checksum of every tensor on both sides of each transfer of weights."""
 

@@ -5,16 +5,20 @@ file holds two buckets. What happens before what:
 
     rank 0   creates the file and offers the manifest to the engines           -> `path`
     ranks    map the file; write bucket k into slot k % 2, once bucket k - 2
-             has been read by all engines (`read` >= k - 1)                    -> `written<slot>` += 1
+             has been read by all engines (`read` >= k - 1)                    -> `wrote<slot>/<rank>`: k and the boxes
     rank 0   when all ranks have written bucket k: checks that their boxes
-             cover its tensors exactly, tells the engines to load it, and
+             cover its pieces exactly, tells the engines to load it, and
              goes on to write its own part of bucket k + 1
     rank 0   before it writes bucket k + 2: waits for the engines' answers     -> `read` += 1
     rank 0   after the last bucket: tells the engines to finish                -> `done`
 
-A rank cannot be two buckets ahead, so one counter per slot is enough. Waiting is done on keys of a `Store`, with a
-deadline, and never in a collective. A rank that fails says so under `failure`, which everybody who waits looks at.
-The file loses its name as soon as all sides have it mapped, so that no way of dying leaves it behind.
+A rank cannot be two buckets ahead, so one key per slot and rank is enough. A question to the store costs as much as a
+megabyte of copying: there is one per rank and bucket, and none where there is one rank. Fresh memory costs more than
+the copy into it: small buckets, whose two slots are used again and again, are faster than large ones.
+
+Waiting is done on keys of a `Store`, with a deadline, and never in a collective. A rank that fails says so under
+`failure`, which everybody who waits looks at. The file loses its name as soon as all sides have it mapped, so that no
+way of dying leaves it behind.
 """
 
 from __future__ import annotations
@@ -39,6 +43,8 @@ from megatron_dgrpo.rollout.client import EngineClient
 from megatron_dgrpo.rollout.messages import TensorSpec
 
 _SHM = "/dev/shm"
+Wrote = tuple[list[tuple[int, Box]], list[int]]
+"""What a rank wrote of a bucket: numbers of pieces with boxes, and the checksum of its part of each piece."""
 
 
 def push_weights(
@@ -82,7 +88,7 @@ def push_weights(
 def _keys(num_ranks: int) -> list[str]:
     """Every key that a push may leave in the store."""
     by_rank = [f"wrote{slot}/{rank}" for slot in range(NUM_SLOTS) for rank in range(num_ranks)]
-    return ["path", *(f"written{slot}" for slot in range(NUM_SLOTS)), "read", "done", *by_rank]
+    return ["path", "read", "done", *by_rank]
 
 
 class _Push:
@@ -104,7 +110,8 @@ class _Push:
                 self.path = os.path.join(_SHM, f"{prefix}weights-{secrets.token_hex(6)}")
                 self._create()
                 self._offer(version)
-                self.board.publish("path", json.dumps([version, self.path]).encode())
+                if self.board.num_ranks > 1:
+                    self.board.publish("path", json.dumps([version, self.path]).encode())
             else:
                 its_version, self.path = json.loads(self.board.await_key("path", "rank 0 to create the shared file"))
                 if its_version != version:
@@ -157,15 +164,17 @@ class _Push:
                 self._collect_answers(num_read)
             elif num_read > 0:
                 self.board.await_count("read", num_read, f"the engines to read bucket {num_read - 1}")
-            self._write(bucket, shards)
-            self.board.count(f"written{bucket.slot}")
+            wrote = self._write(bucket, shards)
             if self.board.rank == 0:
-                self._announce(number, bucket)
+                self._announce(number, bucket, wrote)
+            else:
+                text = json.dumps([number, *wrote]).encode()
+                self.board.publish(f"wrote{bucket.slot}/{self.board.rank}", text)
         shards.expect_end()
         if self.board.rank == 0:
             self._collect_answers(len(self.plan.buckets))
 
-    def _write(self, bucket: Bucket, shards: ShardReader) -> None:
+    def _write(self, bucket: Bucket, shards: ShardReader) -> Wrote:
         boxes: list[tuple[int, Box]] = []
         sums = [0] * len(bucket.pieces)
         for number, box, shard in shards.parts(bucket.pieces):
@@ -180,8 +189,7 @@ class _Push:
             if self.checksums:
                 exact = tuple((a, b) for a, b in box)
                 sums[number] += partial_checksum(local.to(spec.dtype), exact, spec.global_shape)
-        wrote = json.dumps([boxes, [total % MODULUS for total in sums]]).encode()
-        self.board.publish(f"wrote{bucket.slot}/{self.board.rank}", wrote)
+        return boxes, [total % MODULUS for total in sums]
 
     def target(self, piece: Piece, spec: WeightSpec) -> torch.Tensor:
         shape = torch.Size(piece_shape(spec.global_shape, piece.start, piece.stop))
@@ -190,13 +198,12 @@ class _Push:
 
     # ---- rank 0 and the engines ----
 
-    def _announce(self, number: int, bucket: Bucket) -> None:
+    def _announce(self, number: int, bucket: Bucket, own: Wrote) -> None:
         """When all ranks have written a bucket whole, the engines may load it; nobody waits for them yet."""
-        full = (number // NUM_SLOTS + 1) * self.board.num_ranks
-        self.board.await_count(f"written{bucket.slot}", full, f"all ranks to write bucket {number}")
+        keys = [f"wrote{bucket.slot}/{rank}" for rank in range(1, self.board.num_ranks)]
+        others = self.board.await_turn(keys, number, f"all ranks to write bucket {number}")
         self._unlink()  # every rank has mapped the file, or it could not have written
-        keys = [f"wrote{bucket.slot}/{rank}" for rank in range(self.board.num_ranks)]
-        wrote = [json.loads(self.board.await_key(key, "its account of what it wrote")) for key in keys]
+        wrote = [own, *others]
         check_coverage(self.manifest, bucket.pieces, [boxes for boxes, _ in wrote])
         names = [self.manifest[piece.index].hf_name for piece in bucket.pieces]
         offsets = [piece.offset for piece in bucket.pieces]
@@ -211,7 +218,8 @@ class _Push:
             for client, call in zip(self.clients, self.asked[self.num_loaded_rounds], strict=True):
                 client.bucket_loaded(call, deadline_s=self.board.left())
             self.num_loaded_rounds += 1
-            self.board.count("read")
+            if self.board.num_ranks > 1:
+                self.board.count("read")
 
     def finish(self, version: int) -> None:
         if self.board.rank != 0:
@@ -219,4 +227,5 @@ class _Push:
             return
         for client in self.clients:
             client.finish_update(version, deadline_s=self.board.left())
-        self.board.publish("done", b"1")
+        if self.board.num_ranks > 1:
+            self.board.publish("done", b"1")
