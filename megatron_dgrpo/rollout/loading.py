@@ -29,21 +29,22 @@ class Place(NamedTuple):
     view: torch.Tensor  # of a parameter, of the box's shape
 
 
-def find_places(
-    model: torch.nn.Module, manifest: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
-) -> dict[str, list[Place]]:
+def find_places(model: Any, manifest: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> dict[str, list[Place]]:
     """The places of each tensor; none where this rank needs nothing of it. Raises where parameters would stay old."""
     offered = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in manifest.items()}
     with _Watch(offered) as watch:
         model.load_weights(list(offered.items()))
-    unfilled = [
-        f"{name}: {parameter.numel() - filled} of its {parameter.numel()} elements"
-        for name, parameter in model.named_parameters()
-        if (filled := watch.filled.get(_memory(parameter), 0)) < parameter.numel()
-    ]
-    if unfilled:
-        raise TransferError(listing("The tensors offered would leave parts of the engine's model old:", unfilled))
+    if old := _unfilled(model, watch.filled):
+        raise TransferError(listing("The tensors offered would leave parts of the engine's model old:", old))
     return watch.places
+
+
+def _unfilled(model: torch.nn.Module, filled: Mapping[int, int]) -> list[str]:
+    return [
+        f"{name}: {parameter.numel() - count} of its {parameter.numel()} elements"
+        for name, parameter in model.named_parameters()
+        if (count := filled.get(_memory(parameter), 0)) < parameter.numel()
+    ]
 
 
 def copy_rows(places: Sequence[Place], start: int, rows: torch.Tensor) -> int:
@@ -103,7 +104,7 @@ def _box(whole: torch.Tensor, part: torch.Tensor) -> tuple[tuple[int, int], ...]
     """Which box of a tensor a view of it is; None if it is another kind of view."""
     if part.dim() != whole.dim():
         return None
-    offset, box = part.storage_offset(), []
+    offset, box = int(part.storage_offset()), []
     for size, stride, length in zip(part.shape, part.stride(), whole.stride(), strict=True):
         if size > 1 and stride != length:
             return None

@@ -146,17 +146,29 @@ def _keep_an_old_head(worker):
 
 
 def with_an_old_head(folders, path):
+    from megatron_dgrpo.rollout import loading
+
     engine, requests = make_engine(folders[0]), greedy()
     push_in_process(engine, folders[1], 1, path)
     good = run_engine(engine, requests)
     push_in_process(engine, folders[0], 2, path)
     engine.llm.collective_rpc(_keep_an_old_head)
-    push_in_process(engine, folders[1], 3, path)
-    return difference(run_engine(engine, requests), good)
+    try:
+        push_in_process(engine, folders[1], 3, path)
+        refused = ""
+    except TransferError as error:
+        refused = str(error)
+    whole = engine.whole
+    loading._unfilled = lambda *_: []
+    push_in_process(engine, folders[1], 4, path)
+    return refused, whole, difference(run_engine(engine, requests), good)
 
 
-def test_a_tied_head_that_stays_behind_would_be_noticed(tied_folders, tmp_path):
-    assert run_forked(with_an_old_head, tied_folders, str(tmp_path / "file"), preload="engine") > 0.01
+def test_a_tied_head_that_would_stay_behind_is_refused_and_would_be_noticed(tied_folders, tmp_path):
+    path = str(tmp_path / "file")
+    refused, whole, off = run_forked(with_an_old_head, tied_folders, path, preload="engine")
+    assert "parts of the engine's model old:\n  - lm_head.weight: " in refused and whole
+    assert off > 0.01
 
 
 def without_cache_reset(folders, path):
@@ -237,6 +249,9 @@ def faulty_buckets(folder, path):
     trial(begin, LoadBucket(0, ("model.norm.bias",), (0,), ()))
     trial(begin, LoadBucket(0, (name,), (0,), (good ^ 1,)))
     trial(begin, LoadBucket(0, (name,), (0,), (good,)), LoadBucket(0, (name,), (0,), (good,)))
+    trial(begin, LoadBucket(0, (name,), (0,), (), ((0, 65),)))
+    trial(begin, LoadBucket(0, (name,), (0,), (), ((32, 64),)))
+    trial(begin, LoadBucket(0, (name,), (0,), (), ((0, 32),)), LoadBucket(0, (name,), (128,), (), ((32, 64),)))
     trial(begin, LoadBucket(0, (name,), (0,), (good,)))
     return answers
 
@@ -253,6 +268,9 @@ def test_faulty_buckets(untied_folders, tmp_path):
         ("not announced, or came before:\n  - model.norm.bias", False, False),
         ("did not arrive as they were sent (checksums differ):\n  - model.norm.weight", False, False),
         ("not announced, or came before:\n  - model.norm.weight", False, False),
+        ("model.norm.weight has no rows 0 to 65", False, False),
+        ("model.norm.weight: its rows from 32 on came, which is not where it was left", False, False),
+        ("", False, False),
         ("", False, False),
     ]
     assert len(answers) == len(expected)

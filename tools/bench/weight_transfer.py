@@ -116,7 +116,7 @@ def push(rank: int, world: int, folder: str, address: str, key: str, bucket_byte
     decoder = build_decoder(read_spec(folder), groups=groups, options=BuildOptions(torch.bfloat16))
     import_weights(decoder, folder)
     clients = [EngineClient.connect(address, key, deadline_s=60, owner=False)] if rank == 0 else []
-    found = []
+    found: list[tuple[float, ...]] = []
     for version in range(base + 1, base + rounds + 1):
         watched = version == base + rounds
         if rank == 0 and watched:
