@@ -95,7 +95,8 @@ class EngineClient:
     ) -> int:
         """Tell the engine that these tensors, or rows of them, lie in the file. Returns what `bucket_loaded` needs."""
         call = self._open()
-        self._send(m.LoadBucket(call, tuple(names), tuple(offsets), tuple(checksums), tuple(rows)), deadline_s)
+        columns = [tuple(column) for column in zip(*rows, strict=True)]
+        self._send(m.LoadBucket(call, tuple(names), tuple(offsets), tuple(checksums), *columns), deadline_s)
         self._buckets.add(call)
         return call
 

@@ -207,7 +207,7 @@ class Engine:
             "names": list(message.names),
             "offsets": list(message.offsets),
             "checksums": list(message.checksums),
-            "rows": [list(rows) for rows in message.rows],
+            "rows": list(zip(message.starts, message.stops, strict=True)),
         }
         self._mixed = True
         try:

@@ -174,7 +174,8 @@ class LoadBucket:
     names: tuple[str, ...]
     offsets: tuple[int, ...]
     checksums: tuple[int, ...]  # one for each name, or none at all
-    rows: tuple[tuple[int, int], ...] = ()  # (start, stop) for each name, or none at all: whole tensors
+    starts: tuple[int, ...] = ()  # the first row of each, or none at all: whole tensors
+    stops: tuple[int, ...] = ()  # the row after the last
 
 
 @register

@@ -49,7 +49,7 @@ class SharedMemoryUpdate(WeightTransferUpdateInfo):
     names: list[str] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
     checksums: list[int] = field(default_factory=list)
-    rows: list[list[int]] = field(default_factory=list)
+    rows: list[tuple[int, int]] = field(default_factory=list)
     """(start, stop) for each name; none: whole tensors."""
     abandon: bool = False
     """Give the update up. vLLM ends an update when a part of it raises, and in no other way."""
@@ -125,7 +125,7 @@ class SharedMemoryWeightTransferEngine(WeightTransferEngine[SharedMemoryInit, Sh
             raise TransferError(listing("These tensors were not announced, or came before:", unknown))
         assert self._mapped is not None
         whole = torch.frombuffer(self._mapped, dtype=torch.uint8)
-        rows = info.rows or [[0, rows_of(self._manifest[name][0])] for name in info.names]
+        rows = info.rows or [(0, rows_of(self._manifest[name][0])) for name in info.names]
         pieces = [
             (name, start, self._view(whole, name, start, stop, offset))
             for name, (start, stop), offset in zip(info.names, rows, info.offsets, strict=True)

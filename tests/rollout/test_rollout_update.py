@@ -249,9 +249,9 @@ def faulty_buckets(folder, path):
     trial(begin, LoadBucket(0, ("model.norm.bias",), (0,), ()))
     trial(begin, LoadBucket(0, (name,), (0,), (good ^ 1,)))
     trial(begin, LoadBucket(0, (name,), (0,), (good,)), LoadBucket(0, (name,), (0,), (good,)))
-    trial(begin, LoadBucket(0, (name,), (0,), (), ((0, 65),)))
-    trial(begin, LoadBucket(0, (name,), (0,), (), ((32, 64),)))
-    trial(begin, LoadBucket(0, (name,), (0,), (), ((0, 32),)), LoadBucket(0, (name,), (128,), (), ((32, 64),)))
+    trial(begin, LoadBucket(0, (name,), (0,), (), (0,), (65,)))
+    trial(begin, LoadBucket(0, (name,), (0,), (), (32,), (64,)))
+    trial(begin, LoadBucket(0, (name,), (0,), (), (0,), (32,)), LoadBucket(0, (name,), (128,), (), (32,), (64,)))
     trial(begin, LoadBucket(0, (name,), (0,), (good,)))
     return answers
 
