@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from megatron_dgrpo.checkpoint.hf.families import read_spec, rope_parameters
@@ -11,6 +12,8 @@ from megatron_dgrpo.config.schema import Config, Engine, Model
 from megatron_dgrpo.errors import ConfigError
 from megatron_dgrpo.launch.preflight import check_models
 from megatron_dgrpo.launch.supervisor import Supervisor
+from megatron_dgrpo.observe.environment import write_environment
+from megatron_dgrpo.observe.events import EventLog, run_events
 
 _CHECK_S = 3600.0
 """All data is read and tokenised once."""
@@ -21,7 +24,7 @@ def train(config: Config) -> int:
     check_files(config)
     check_models(config)
     resolved = _make_run_dir(config)
-    with Supervisor(config.run_dir) as supervisor:
+    with run_events(config.run_dir), Supervisor(config.run_dir) as supervisor:
         names = used_engines(config)
         supervisor.prepare("trainer")
         if names:
@@ -44,7 +47,13 @@ def train(config: Config) -> int:
             supervisor.start_engine(
                 f"engine-{name}",
                 "megatron_dgrpo.rollout.host:serve",
-                _engine_args(engine, config.models[engine.model], addresses[name], supervisor.key),
+                _engine_args(
+                    engine,
+                    config.models[engine.model],
+                    addresses[name],
+                    supervisor.key,
+                    deterministic=config.rollout.deterministic,
+                ),
                 threads=engine.threads,
             )
         supervisor.watch()
@@ -57,6 +66,7 @@ def _make_run_dir(config: Config) -> Path:
     try:
         resolved.parent.mkdir(parents=True, exist_ok=True)
         resolved.write_text(dump(config), encoding="utf-8")
+        write_environment(resolved.parent)
     except OSError as error:
         raise ConfigError(f"run_dir: {config.run_dir} can't be written ({error}): name another folder") from None
     return resolved
@@ -67,8 +77,12 @@ def _check_data(supervisor: Supervisor, resolved: Path) -> None:
     answer = supervisor.private_dir / "problems"
     arguments = {"config_path": str(resolved), "answer_path": str(answer)}
     supervisor.run_check("megatron_dgrpo.train.checks:main", arguments, timeout_s=_CHECK_S)
-    if problems := answer.read_text(encoding="utf-8"):
-        raise ConfigError(problems)
+    found = json.loads(answer.read_text(encoding="utf-8"))
+    if found["problems"]:
+        raise ConfigError(found["problems"])
+    for note in found["notes"]:
+        supervisor.say(note)
+        EventLog(resolved.parent).write("data", note, level="warning")
 
 
 def used_engines(config: Config) -> list[str]:
@@ -79,7 +93,7 @@ def used_engines(config: Config) -> list[str]:
     return [name for name in config.engines if name in wanted]
 
 
-def _engine_args(engine: Engine, model: Model, address: str, key: str) -> dict[str, object]:
+def _engine_args(engine: Engine, model: Model, address: str, key: str, *, deterministic: bool) -> dict[str, object]:
     return {
         "address": address,
         "key": key,
@@ -91,6 +105,8 @@ def _engine_args(engine: Engine, model: Model, address: str, key: str) -> dict[s
         "prefix_cache": engine.prefix_cache,
         "threads": engine.threads,
         "tp": engine.tp,
+        "chunked_prefill": engine.chunked_prefill,
+        "deterministic": deterministic,
         "hf_overrides": _rope(model),
     }
 

@@ -17,14 +17,19 @@ import torch.distributed as dist
 
 from megatron_dgrpo.checkpoint.hf.exporter import export_folder, export_shards, manifest
 from megatron_dgrpo.checkpoint.hf.families import read_spec
-from megatron_dgrpo.config.schema import Config, Model, Stage
-from megatron_dgrpo.data.dataset import PromptRow, read_rows
+from megatron_dgrpo.checkpoint.hf.output_files import nbytes
+from megatron_dgrpo.config.schema import SFT, Config, Model, Stage
+from megatron_dgrpo.data.chat import prompt_ids
+from megatron_dgrpo.data.dataset import PromptSource, Rows
+from megatron_dgrpo.data.rows import PromptRow
 from megatron_dgrpo.data.tokenizer import Tokenizer
 from megatron_dgrpo.errors import RolloutError, listing
 from megatron_dgrpo.model.flops import training_cost
 from megatron_dgrpo.model.layouts import padding_unit
 from megatron_dgrpo.model.megatron_config import BuildOptions
 from megatron_dgrpo.model.spec import ModelSpec
+from megatron_dgrpo.observe.events import Level
+from megatron_dgrpo.observe.progress import Board
 from megatron_dgrpo.observe.records import Records
 from megatron_dgrpo.observe.timers import Phases
 from megatron_dgrpo.packing.layout import Layout
@@ -85,7 +90,18 @@ class Run:
     def heldout(self) -> list[PromptRow]:
         """The evaluation's prompts."""
         settings = self.config.evaluation
-        return read_rows(settings.data)[: settings.num_prompts] if settings else []
+        return Rows(settings.data)[: settings.num_prompts] if settings else []
+
+    def prompts(self, stage: Stage, number: int) -> PromptSource:
+        """A stage's rows, in the order in which it takes them. Of a mixture, a row counts with the tokens of its prompt
+        and of the answer that is learnt."""
+        learns = isinstance(stage, SFT)
+
+        def num_tokens(row: PromptRow) -> int:
+            return len(prompt_ids(self.tokenizer, row)) + (len(self.tokenizer.encode(row.answer)) + 1 if learns else 0)
+
+        count = num_tokens if stage.data.mixture else lambda row: 1
+        return PromptSource(stage.data, seed=self.config.seed + number, num_tokens=count, needs_answer=learns)
 
     @property
     def trained(self) -> Student:
@@ -127,7 +143,11 @@ class Run:
         if stage.on_overlong == "drop":
             facts["dropped"] = float(len(found.dropped))
         if found.dropped:
-            self.note(listing(f"{len(found.dropped)} sequences are too long and were dropped:", found.dropped))
+            self.note(
+                listing(f"{len(found.dropped)} sequences are too long and were dropped:", found.dropped),
+                kind="drop",
+                level="warning",
+            )
         return found.trajectories
 
     def load_teacher(self) -> FrozenTeacher:
@@ -136,16 +156,17 @@ class Run:
             assert self.teacher_groups is not None
             settings = self.config.teachers[0]
             model = self.config.models[settings.model]
-            self.teacher = load_teacher(
-                model.path,
-                groups=self.teacher_groups,
-                options=build_options(model),
-                student_spec=read_spec(self.model.path, self.model.rope),
-                student_groups=self.groups,
-                rope=model.rope,
-                weights_in=settings.weights_in,
-                rows_in=settings.rows_in,
-            )
+            with self.board.task("load the teacher"):
+                self.teacher = load_teacher(
+                    model.path,
+                    groups=self.teacher_groups,
+                    options=build_options(model),
+                    student_spec=read_spec(self.model.path, self.model.rope),
+                    student_groups=self.groups,
+                    rope=model.rope,
+                    weights_in=settings.weights_in,
+                    rows_in=settings.rows_in,
+                )
         return self.teacher
 
     def sync(self, engine: str) -> None:
@@ -154,19 +175,21 @@ class Run:
             return
         settings = self.config.engines[engine]
         dtype = DTYPES[settings.dtype or self.model.dtype]
-        push_weights(
-            export_shards(self.student.decoder, dtype),
-            manifest(self.student.decoder.spec, dtype),
-            version=self.version,
-            store=dist.PrefixStore(f"weights/{engine}", self.store),
-            rank=self.rank,
-            num_ranks=self.groups.grid.size,
-            clients=(self.engines.client(engine),) if self.engines else (),
-            bucket_bytes=settings.bucket_bytes,
-            checksums=settings.checksums,
-            shm_prefix=self.shm_prefix,
-            deadline_s=settings.start_timeout_s + settings.request_timeout_s,
-        )
+        what = "weights to the engine" if engine in self.versions else "wait for the engine, weights to it"
+        with self.board.task(what):
+            push_weights(
+                export_shards(self.student.decoder, dtype),
+                manifest(self.student.decoder.spec, dtype),
+                version=self.version,
+                store=dist.PrefixStore(f"weights/{engine}", self.store),
+                rank=self.rank,
+                num_ranks=self.groups.grid.size,
+                clients=(self.engines.client(engine),) if self.engines else (),
+                bucket_bytes=settings.bucket_bytes,
+                checksums=settings.checksums,
+                shm_prefix=self.shm_prefix,
+                deadline_s=settings.start_timeout_s + settings.request_timeout_s,
+            )
         self.versions[engine] = self.version
 
     def share_trajectories(self, mine: Sequence[Trajectory] | None, deadline_s: float) -> list[Trajectory]:
@@ -190,7 +213,21 @@ class Run:
         return list(batch.trajectories)
 
     def export(self, target: Path) -> None:
-        export_folder(self.trained.decoder, self.model.path, target, DTYPES[self.model.dtype])
+        dtype = DTYPES[self.model.dtype]
+        total = sum(map(nbytes, manifest(self.spec, dtype)))
+        with self.board.task("export", total, "bytes") as task:
+            export_folder(self.trained.decoder, self.model.path, target, dtype, advance=task.advance)
+
+    def begin(self, stage: int, step: int) -> None:
+        """A step of a stage begins."""
+        if self.records is not None:
+            settings = self.config.stages[stage]
+            self.records.begin(settings.kind, stage, step, settings.steps)
+
+    @property
+    def board(self) -> Board:
+        """Where this rank shows how far something long is; rank 0's is seen."""
+        return self.records.board if self.records is not None else Board()
 
     def report(
         self,
@@ -206,9 +243,10 @@ class Run:
             settings = self.config.stages[stage]
             self.records.report(settings.kind, stage, step, settings.steps, values, update=update, phases=phases)
 
-    def note(self, words: str) -> None:
+    def note(self, words: str, *, kind: str = "note", level: Level = "info") -> None:
+        """Something else than a figure: onto the console and into events.jsonl."""
         if self.records is not None:
-            self.records.note(words)
+            self.records.note(words, kind=kind, level=level)
 
 
 def build_options(model: Model) -> BuildOptions:

@@ -14,6 +14,7 @@ from megatron_dgrpo.config.schema import DGRPO, SFT, Config, Layout
 from megatron_dgrpo.data.tokenizer import Tokenizer
 from megatron_dgrpo.launch.rendezvous import join_world
 from megatron_dgrpo.observe.records import Records
+from megatron_dgrpo.observe.trackers import trackers
 from megatron_dgrpo.parallel import platform
 from megatron_dgrpo.parallel.groups import Groups
 from megatron_dgrpo.train.assist import assist
@@ -42,6 +43,8 @@ def main(*, config_path: str, engines: Mapping[str, str], key: str, shm_prefix: 
     if run.student is not None:
         run.export(target)
     run.note(f"exported to {target}")
+    if run.records is not None:
+        run.records.close()
     dist.barrier()  # the engines end with this process, and no rank may still need them
     dist.destroy_process_group()
 
@@ -64,9 +67,17 @@ def _build(config: Config, store: dist.Store, engines: Mapping[str, str], key: s
         tokenizer=Tokenizer.load(model.path),
         store=store,
         engines=Engines(config, engines, key) if first else None,
-        records=Records(Path(config.run_dir)) if first else None,
+        records=_records(config) if first else None,
         shm_prefix=shm_prefix,
         teacher_groups=teacher_groups,
+    )
+
+
+def _records(config: Config) -> Records:
+    return Records(
+        config.run_dir,
+        trackers=trackers(config.trackers, config.run_dir, config.model_dump(mode="json")),
+        steps=[stage.steps for stage in config.stages],
     )
 
 
