@@ -176,7 +176,7 @@ def engine_host(
     child = server.start("engine", target, {**args, **settings}, log_path=home / "log")
     try:
         try:
-            client = EngineClient.connect(address, key, deadline_s=60)
+            client = EngineClient.connect(address, key, deadline_s=150)
         except BaseException:
             print(child.last_words(80))
             raise
