@@ -63,6 +63,17 @@ def token_weights(
     return acting_N * (share_B / np.maximum(length_B, 1.0))[sample_N]
 
 
+def denominator(aggregation: Aggregation, prompt_B: Sequence[int] | np.ndarray, length_B: Sequence[int]) -> float:
+    """What the weights of these responses have in common: the number of prompts, responses or tokens.
+
+    A part of a batch that has whole groups gets the whole batch's weights when its own are multiplied by its
+    denominator over the whole batch's.
+    """
+    if aggregation == "sequence_group_prompt_mean":
+        return float(len(set(np.asarray(prompt_B).tolist())))
+    return float(len(length_B) if aggregation == "sequence_mean" else sum(length_B))
+
+
 def joint_token_mean(masks: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Weights of several terms over one denominator: the (token, term) pairs that their masks select."""
     acting = {term: np.asarray(mask_N, dtype=bool).astype(np.float64) for term, mask_N in masks.items()}

@@ -128,10 +128,12 @@ def gradient_balance(
     gradient_TH = {
         name: hidden_gradient(evaluation.coefficients_of(name)).double() for name in sorted(evaluation.terms)
     }
-    metrics: dict[str, Metric] = {f"gradient/{name}/square": Sum(g.square().sum()) for name, g in gradient_TH.items()}
+    metrics: dict[str, Metric] = {
+        f"gradient/{name}/square": Sum(g.square().sum(), degree=2) for name, g in gradient_TH.items()
+    }
     for a, b in combinations(gradient_TH, 2):
         dot_T = (gradient_TH[a] * gradient_TH[b]).sum(-1)
-        metrics[f"gradient/{a}.{b}/dot"] = Sum(dot_T.sum())
+        metrics[f"gradient/{a}.{b}/dot"] = Sum(dot_T.sum(), degree=2)
         metrics[f"gradient/{a}.{b}/rows_opposed"] = Mean((dot_T < 0).double().sum(), (dot_T != 0).double().sum())
     return metrics
 

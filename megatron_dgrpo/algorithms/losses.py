@@ -99,7 +99,7 @@ class Loss:
         bad_T = ~torch.isfinite(logprob_T)
         for values_T in (*(r.values_T for r in results.values()), *coefficients.values()):
             bad_T = bad_T | ~torch.isfinite(values_T)
-        metrics.append({"loss": Sum(loss), "nonfinite_rows": sum_of(bad_T)})
+        metrics.append({"loss": Sum(loss, degree=1), "nonfinite_rows": sum_of(bad_T)})
         return Evaluation(loss=loss, coefficients=coefficients, terms=results, factors=factors, metrics=merge(metrics))
 
     def _factors(self, factors: Mapping[str, float] | None) -> dict[str, float]:

@@ -25,6 +25,7 @@ class Mean:
 @dataclass(frozen=True)
 class Sum:
     total: torch.Tensor
+    degree: int = 0  # the power of the loss's weights that it grows with
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,8 @@ def mean_of(values_T: torch.Tensor, weight_T: torch.Tensor | None = None) -> Mea
     return Mean((values_T * weight_T).where(weight_T != 0, 0.0).sum(), weight_T.sum())
 
 
-def sum_of(values_T: torch.Tensor) -> Sum:
-    return Sum(values_T.detach().double().sum())
+def sum_of(values_T: torch.Tensor, degree: int = 0) -> Sum:
+    return Sum(values_T.detach().double().sum(), degree)
 
 
 def max_of(values_T: torch.Tensor, where_T: torch.Tensor | None = None) -> Max:
@@ -90,12 +91,20 @@ def _add(name: str, a: Metric, b: Metric) -> Metric:
     if isinstance(a, Mean) and isinstance(b, Mean):
         return Mean(a.total + b.total, a.weight + b.weight)
     if isinstance(a, Sum) and isinstance(b, Sum):
-        return Sum(a.total + b.total)
+        return Sum(a.total + b.total, a.degree)
     if isinstance(a, Max) and isinstance(b, Max):
         return Max(torch.maximum(a.value, b.value))
     if isinstance(a, Quantile) and isinstance(b, Quantile):
         return replace(a, counts=a.counts + b.counts)
     raise TypeError(f"metric {name} is a {type(a).__name__} in one place and a {type(b).__name__} in another")
+
+
+def rescaled(metrics: Mapping[str, Metric], scale: float) -> dict[str, Metric]:
+    """What the metrics would be if all weights of the loss were so many times as large: means and maxima stay."""
+    return {
+        name: Sum(metric.total * scale**metric.degree, metric.degree) if isinstance(metric, Sum) else metric
+        for name, metric in metrics.items()
+    }
 
 
 def pack(metrics: Mapping[str, Metric]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -106,7 +115,7 @@ def pack(metrics: Mapping[str, Metric]) -> tuple[torch.Tensor, torch.Tensor]:
         match metrics[name]:
             case Mean(total, weight):
                 sums += [total, weight]
-            case Sum(total):
+            case Sum(total, _):
                 sums.append(total)
             case Max(value):
                 maxima.append(value)
@@ -125,8 +134,8 @@ def unpack(metrics: Mapping[str, Metric], sums: torch.Tensor, maxima: torch.Tens
         match metrics[name]:
             case Mean():
                 unpacked[name] = Mean(next(sum_at), next(sum_at))
-            case Sum():
-                unpacked[name] = Sum(next(sum_at))
+            case Sum(_, degree):
+                unpacked[name] = Sum(next(sum_at), degree)
             case Max():
                 unpacked[name] = Max(next(max_at))
             case Quantile(counts) as quantile:
@@ -142,7 +151,7 @@ def values(metrics: Mapping[str, Metric]) -> dict[str, float]:
             case Mean(total, weight):
                 if float(weight) != 0.0:
                     numbers[name] = float(total) / float(weight)
-            case Sum(total):
+            case Sum(total, _):
                 numbers[name] = float(total)
             case Max(value):
                 if float(value) != -math.inf:

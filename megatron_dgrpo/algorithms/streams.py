@@ -41,6 +41,10 @@ class Streams:
         """On the device; floating-point streams in `dtype` where one is given."""
         return self._map(lambda x: x.to(device=device, dtype=dtype if x.is_floating_point() else None))
 
+    def weighted(self, factor: float) -> Streams:
+        """With all weights multiplied by a factor."""
+        return replace(self, weights={name: factor * w for name, w in self.weights.items()})
+
     def _map(self, f) -> Streams:
         optional = lambda x: None if x is None else f(x)  # noqa: E731
         return replace(

@@ -93,7 +93,10 @@ class Term:
         acting_T = weights_T != 0
         weigh = lambda x_T: torch.where(acting_T, weights_T * x_T.detach(), torch.zeros_like(weights_T))  # noqa: E731
         loss = weigh(values_T).double().sum()
-        own: dict[str, Metric] = {f"{self.name}/loss": Sum(loss), f"{self.name}/weight": sum_of(weights_T)}
+        own: dict[str, Metric] = {
+            f"{self.name}/loss": Sum(loss, degree=1),
+            f"{self.name}/weight": sum_of(weights_T, degree=1),
+        }
         means = {f"{self.name}/{key}": mean_of(row_T, acting_T) for key, row_T in rows.items()}
         return TermResult(
             loss=loss,

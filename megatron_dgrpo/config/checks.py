@@ -39,7 +39,7 @@ def problems(config: Config) -> list[str]:
     """What is contradictory; touches nothing outside the config."""
     rules: tuple[Callable[[Config], Iterator[str]], ...] = (
         _numbers, _model_names, _layouts, _teachers, _engines, _data, _objectives, stages.rewards, stages.batches,
-        stages.lengths, stages.shaping,
+        stages.schedules, stages.lengths, stages.shaping,
     )  # fmt: skip
     return [problem for rule in rules for problem in rule(config)]
 

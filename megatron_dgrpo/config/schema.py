@@ -5,9 +5,9 @@ What one field alone can check is checked here; what several fields must agree o
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from megatron_dgrpo.config.data import Dataset
 from megatron_dgrpo.config.frozen import Frozen
@@ -240,6 +240,31 @@ class SFT(Stage):
     """Examples a step."""
 
 
+class Synchronous(Frozen):
+    """Generate the whole batch, then train on it: the engine waits for the trainer, and the trainer for the engine."""
+
+    kind: Literal["synchronous"] = "synchronous"
+
+
+class Periodic(Frozen):
+    """Train on groups that have ended while others still generate, and update once all have: the gradient is the
+    synchronous schedule's, and every sample is from the weights that it changes."""
+
+    kind: Literal["periodic"] = "periodic"
+    chunk_groups: PositiveInt = 4
+    """Train when so many groups have ended, or all. A group is a prompt's responses; each data-parallel rank should
+    get some."""
+    groups_in_memory: PositiveInt = 64
+    """Groups that have ended and wait for the trainer; more wait on the disk, in the journal. No chunk is larger."""
+
+
+def _schedule(value: Any) -> Any:
+    return {"kind": value} if isinstance(value, str) else value
+
+
+Schedule = Annotated[Synchronous | Periodic, Field(discriminator="kind"), BeforeValidator(_schedule)]
+
+
 class DGRPO(Stage):
     """Rollouts, rewards, teacher, update, weight transfer."""
 
@@ -248,6 +273,8 @@ class DGRPO(Stage):
     prompts_per_step: PositiveInt
     group_size: Annotated[int, Field(ge=2)]
     """Responses per prompt (G)."""
+    schedule: Schedule = Synchronous()
+    """How generating and training follow each other; a kind's name alone, or a mapping with its settings."""
     updates_per_batch: PositiveInt = 1
     """Optimizer updates per batch of rollouts; each takes an equal share of the prompts."""
     sampling: Sampling
@@ -281,6 +308,8 @@ class Config(Frozen):
     """CPU threads of each trainer rank."""
     collective_timeout_s: PositiveFloat = 600.0
     """A collective that takes longer ends the run."""
+    keep_rollouts: PositiveInt | None = None
+    """Keep the rollouts of the last so many steps in run_dir/rollouts; those of all steps where no number is given."""
     models: Annotated[dict[str, Model], Field(min_length=1)]
     student: str
     """Name of the model that is trained."""

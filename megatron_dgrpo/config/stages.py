@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
-from megatron_dgrpo.config.schema import DGRPO, Config, Evaluation, Model
+from megatron_dgrpo.config.schema import DGRPO, Config, Evaluation, Model, Periodic
 
 FP8 = Literal["tensorwise", "blockwise", "mxfp8"]
 """Scales per tensor (from its current values), per block of 128 x 128 or 1 x 128, per run of 32 (Blackwell)."""
@@ -115,6 +115,29 @@ def shaping_note(stage: DGRPO) -> str:
         "trainer's those of the whole one under the temperature. So mismatch/* has the difference in it (mean ratio = "
         "the probability of what is kept), a correction weighs by it, and the policy's entropy is that of the whole"
     )
+
+
+def schedules(config: Config) -> Iterator[str]:
+    for path, stage in dgrpo_stages(config):
+        schedule = stage.schedule
+        if not isinstance(schedule, Periodic):
+            continue
+        if stage.updates_per_batch > 1:
+            yield (
+                f"{path}.updates_per_batch: the periodic schedule makes one update of the groups of a batch as they "
+                f"end, and {stage.updates_per_batch} need the whole batch before the first; set "
+                f"{path}.updates_per_batch=1 or {path}.schedule=synchronous"
+            )
+        if schedule.chunk_groups > stage.prompts_per_step:
+            yield (
+                f"{path}.schedule.chunk_groups: {schedule.chunk_groups} groups never end, of {stage.prompts_per_step} "
+                f"prompts; set it to {stage.prompts_per_step} or less (a part of them: with all, nothing overlaps)"
+            )
+        if schedule.groups_in_memory < schedule.chunk_groups:
+            yield (
+                f"{path}.schedule.groups_in_memory: {schedule.groups_in_memory} hold no chunk of "
+                f"{schedule.chunk_groups}; set it to {schedule.chunk_groups} or more"
+            )
 
 
 def lengths(config: Config) -> Iterator[str]:

@@ -32,8 +32,10 @@ class Fitting:
     dropped: list[str]  # a sentence each
 
 
-def keep_fitting(trajectories: Sequence[Trajectory], limits: Limits, on_overlong: OnOverlong) -> Fitting:
-    """Those that fit. Ids that the model lacks are always an error."""
+def keep_fitting(
+    trajectories: Sequence[Trajectory], limits: Limits, on_overlong: OnOverlong, *, may_be_empty: bool = False
+) -> Fitting:
+    """Those that fit, at least one unless it `may_be_empty`. Ids that the model lacks are always an error."""
     strange, overlong, kept = [], [], []
     for trajectory in trajectories:
         tokens_T = np.concatenate([trajectory.prompt_tokens, trajectory.response_tokens])
@@ -48,7 +50,7 @@ def keep_fitting(trajectories: Sequence[Trajectory], limits: Limits, on_overlong
         raise DataError(listing("Ids that the model does not have; is this the tokenizer that belongs to it?", strange))
     if overlong and on_overlong == "error":
         raise DataError(listing("Too long to train on; shorten them, or set on_overlong=drop:", overlong))
-    if not kept and overlong:
+    if not kept and overlong and not may_be_empty:
         raise DataError(listing("on_overlong=drop leaves nothing to train on:", overlong))
     return Fitting(kept, overlong)
 

@@ -34,7 +34,7 @@ from megatron_dgrpo.packing.trajectory import Segment, Trajectory
 HEADER = struct.Struct("<4sIQ")
 MAC_BYTES = 32
 MAX_FRAME_BYTES = 2**30
-_MAGIC = b"dgM1"
+MAGIC = b"dgM1"
 _ARRAYS = frozenset("|b1 |i1 |u1 <i2 <u2 <i4 <u4 <i8 <u8 <f2 <f4 <f8".split())
 _NONE = type(None)
 
@@ -231,7 +231,7 @@ def encode(message: Any, *, key: bytes = b"", sequence: int = 0) -> bytes:
     blobs: list[bytes] = []
     text = json.dumps(_pack_message(message, blobs), separators=(",", ":")).encode()
     num_blob_bytes = sum(map(len, blobs))
-    content = b"".join([HEADER.pack(_MAGIC, len(text), num_blob_bytes), text, *blobs])
+    content = b"".join([HEADER.pack(MAGIC, len(text), num_blob_bytes), text, *blobs])
     if len(content) + MAC_BYTES > MAX_FRAME_BYTES:
         raise RolloutError(
             f"a {type(message).__name__} of {len(content)} bytes is more than a frame's {MAX_FRAME_BYTES}: split it"
@@ -242,7 +242,7 @@ def encode(message: Any, *, key: bytes = b"", sequence: int = 0) -> bytes:
 def frame_length(header: bytes | bytearray | memoryview) -> int:
     """The whole length of the frame that begins with this header."""
     magic, text, blobs = HEADER.unpack_from(header)
-    if magic != _MAGIC:
+    if magic != MAGIC:
         raise RolloutError("this is not a frame of messages")
     length = HEADER.size + text + blobs + MAC_BYTES
     if length > MAX_FRAME_BYTES:

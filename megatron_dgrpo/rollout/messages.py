@@ -7,12 +7,13 @@ with `Done`, `Described`, `Failure`, or for `Generate` with the last of its comp
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 
 import numpy as np
 
-from megatron_dgrpo.packing.trajectory import Trajectory
+from megatron_dgrpo.packing.trajectory import Segment, Trajectory
 from megatron_dgrpo.rollout.codec import register
 
 
@@ -149,12 +150,45 @@ class Cancel:
     call: int
 
 
+# ---- scored groups: on their way to the other ranks, and in the journal ----
+
+
 @register
 @dataclass(frozen=True)
-class TrajectoryBatch:
-    """How the trajectories of a step travel from the rank that collected them to the others."""
+class Response:
+    """A trajectory without its prompt, which its whole group has in common."""
 
-    trajectories: tuple[Trajectory, ...]
+    sample: int
+    seed: int  # that it was drawn with
+    segments: tuple[Segment, ...]
+    finish_reason: str
+    rewards: Mapping[str, float]
+
+
+@register
+@dataclass(frozen=True)
+class Group:
+    """All samples of a prompt, scored; in the order of their numbers."""
+
+    prompt_id: str
+    prompt_tokens: np.ndarray  # int32 [p]
+    responses: tuple[Response, ...]
+
+    @property
+    def trajectories(self) -> list[Trajectory]:
+        return [
+            Trajectory(self.prompt_id, r.sample, self.prompt_tokens, r.segments, r.finish_reason, r.rewards)
+            for r in self.responses
+        ]
+
+
+@register
+@dataclass(frozen=True)
+class Chunk:
+    """Groups that all ranks train on at one time, and whether they are the last ones of their step."""
+
+    groups: tuple[Group, ...]
+    last: bool
 
 
 # ---- weights ----

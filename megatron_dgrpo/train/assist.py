@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from megatron_dgrpo.config.schema import DGRPO, SFT
 from megatron_dgrpo.observe.timers import Phases
-from megatron_dgrpo.packing.trajectory import by_prompts
 from megatron_dgrpo.packing.trees import trees
-from megatron_dgrpo.train.collect import collect
+from megatron_dgrpo.train.chunks import chunks
 from megatron_dgrpo.train.evaluation import evaluate
 from megatron_dgrpo.train.run import Run
+from megatron_dgrpo.train.tally import shares
 
 
 def assist(run: Run, stage: SFT | DGRPO, number: int) -> None:
@@ -16,21 +16,11 @@ def assist(run: Run, stage: SFT | DGRPO, number: int) -> None:
     evaluate(run, number, 0)
     for step in range(1, stage.steps + 1):
         if isinstance(stage, DGRPO):
-            trajectories = collect(
-                run,
-                stage.engine,
-                (),
-                sampling=stage.sampling,
-                num_samples=stage.group_size,
-                rewards=stage.rewards,
-                seed=run.config.seed + number,
-                step=step,
-                phases=Phases(),
-            )
-            trajectories = run.fitting(trajectories, stage, {})
-            shares = by_prompts(trajectories, stage.updates_per_batch) if stage.objective.uses_teacher else []
-            if step == 1 and stage.preflight:
-                shares += shares[:1]  # which the preflight has scored again
-            for members in shares:
-                run.load_teacher().rows(trees(members), run.packing(stage.micro_batch_tokens))
+            preflight = step == 1 and stage.preflight
+            for chunk in chunks(run, stage, number, step, (), Phases()):
+                parts = shares(run, stage, chunk, {}) if stage.objective.uses_teacher else []
+                if preflight and parts:  # which has the first share scored again
+                    parts, preflight = [*parts, parts[0]], False
+                for members in parts:
+                    run.load_teacher().rows(trees(members), run.packing(stage.micro_batch_tokens))
         evaluate(run, number, step)

@@ -1,9 +1,12 @@
-"""Prompts to scored trajectories, on every rank: rank 0 asks the engine and the rewards, the others wait in the
-store."""
+"""Prompts to scored groups. Rank 0 alone asks the engine and the rewards; `chunks` hands on to the others what it has.
+
+A group is scored as soon as the last of its samples has ended, while the engine goes on with the others.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -14,85 +17,122 @@ from megatron_dgrpo.errors import RolloutError, listing
 from megatron_dgrpo.observe.timers import Phases
 from megatron_dgrpo.packing.trajectory import Segment, Trajectory
 from megatron_dgrpo.rewards.compose import Rewards
-from megatron_dgrpo.rollout.messages import Completion, GenerateRequest, Shaping, sample_seed
+from megatron_dgrpo.rollout.messages import (
+    Chunk,
+    Completion,
+    GenerateRequest,
+    Group,
+    Response,
+    Shaping,
+    sample_seed,
+)
 from megatron_dgrpo.train.run import Run
 
 _SCORING_S = 600.0
 """What the other ranks allow rank 0 for everything but starting and generating."""
 
 
-def collect(
-    run: Run,
-    engine: str,
-    rows: Sequence[PromptRow],
-    *,
-    sampling: Sampling,
-    num_samples: int,
-    rewards: Sequence[Reward],
-    seed: int,
-    step: int,
-    phases: Phases,
-    what: str = "generate",
-) -> list[Trajectory]:
-    """`num_samples` scored trajectories of each row, row by row."""
-    settings = run.config.engines[engine]
-    mine = None
+@dataclass(frozen=True)
+class Asked:
+    """What is asked of an engine at one time."""
+
+    engine: str
+    rows: Sequence[PromptRow]
+    sampling: Sampling
+    num_samples: int  # of each row
+    rewards: Sequence[Reward]
+    seed: int
+    step: int
+    what: str = "generate"  # for the progress bar; none where it is empty
+
+
+def scored_groups(run: Run, asked: Asked, phases: Phases) -> Iterator[Group]:
+    """On rank 0: each row's samples with their rewards, in the order in which they end."""
+    requests = {row.name: _request(run, row, asked) for row in asked.rows}
+    row_of = {row.name: row for row in asked.rows}
+    pending: dict[str, dict[int, Completion]] = {name: {} for name in requests}
+    deadline_s = run.config.engines[asked.engine].request_timeout_s
+    assert run.engines is not None
+    answers: Iterable[Completion] = run.engines.client(asked.engine).generate(
+        list(requests.values()), deadline_s=deadline_s
+    )
+    if asked.what:
+        answers = run.board.over(answers, asked.what, len(requests) * asked.num_samples, "samples")
+    for completion in answers:
+        name = completion.prompt_id
+        _check(run, completion, pending)
+        pending[name][completion.sample] = completion
+        if len(pending[name]) == asked.num_samples:
+            with phases("score"):
+                group = _score(run, row_of[name], requests[name], pending.pop(name), asked.rewards)
+            yield group
+    if pending:
+        lost = [f"{asked.num_samples - len(found)} samples of prompt {name}" for name, found in pending.items()]
+        raise RolloutError(listing("the engine ended without", lost))
+
+
+def collect(run: Run, asked: Asked, phases: Phases) -> list[Trajectory]:
+    """The trajectories of all rows, row by row, on rank 0. The others wait until they are there, and get none."""
+    groups: dict[str, Group] = {}
     if run.engines is not None:
-        requests = [_request(run, row, sampling, num_samples, seed, step) for row in rows]
         with phases("generate"):
-            answers = run.engines.client(engine).generate(requests, deadline_s=settings.request_timeout_s)
-            completions = list(run.board.over(answers, what, len(rows) * num_samples, "samples"))
-        with phases("score"):
-            mine = _score(run, rows, requests, completions, rewards, num_samples)
-    with phases("generate"):
-        return run.share_trajectories(mine, settings.start_timeout_s + settings.request_timeout_s + _SCORING_S)
+            groups = {group.prompt_id: group for group in scored_groups(run, asked, phases)}
+    run.share(Chunk((), last=True) if groups else None, patience_s(run, asked.engine))
+    return [trajectory for row in asked.rows for trajectory in groups[row.name].trajectories] if groups else []
 
 
-def _request(run: Run, row: PromptRow, sampling: Sampling, num_samples: int, seed: int, step: int) -> GenerateRequest:
+def patience_s(run: Run, engine: str) -> float:
+    """How long the other ranks wait for what rank 0 generates and scores."""
+    settings = run.config.engines[engine]
+    return settings.start_timeout_s + settings.request_timeout_s + _SCORING_S
+
+
+def _check(run: Run, completion: Completion, pending: dict[str, dict[int, Completion]]) -> None:
+    """Each sample once, and every token of it from the weights that the engine was given last."""
+    name = f"sample {completion.sample} of prompt {completion.prompt_id}"
+    if completion.sample in pending.get(completion.prompt_id, {completion.sample: None}):
+        raise RolloutError(f"{name} came twice, or was not asked for")
+    versions = sorted(set(completion.weight_versions.tolist()))
+    if versions != [run.version]:
+        raise RolloutError(
+            f"{name} was sampled from weights of the versions {versions}, and not from version {run.version} alone, "
+            "which the engine was given before it was asked"
+        )
+
+
+def _request(run: Run, row: PromptRow, asked: Asked) -> GenerateRequest:
     return GenerateRequest(
         prompt_id=row.name,
         prompt_tokens=np.asarray(prompt_ids(run.tokenizer, row), np.int32),
-        seeds=tuple(sample_seed(seed, step, row.name, sample) for sample in range(num_samples)),
-        max_tokens=sampling.max_tokens,
-        temperature=sampling.temperature,
+        seeds=tuple(sample_seed(asked.seed, asked.step, row.name, sample) for sample in range(asked.num_samples)),
+        max_tokens=asked.sampling.max_tokens,
+        temperature=asked.sampling.temperature,
         stop_token_ids=run.tokenizer.eos_ids,
-        shaping=Shaping(**sampling.shaping),  # type: ignore[arg-type]
+        shaping=Shaping(**asked.sampling.shaping),  # type: ignore[arg-type]
     )
 
 
 def _score(
-    run: Run,
-    rows: Sequence[PromptRow],
-    requests: Sequence[GenerateRequest],
-    completions: Sequence[Completion],
-    rewards: Sequence[Reward],
-    num_samples: int,
-) -> list[Trajectory]:
-    found = {(c.prompt_id, c.sample): c for c in completions}
-    wanted = [(row.name, sample) for row in rows for sample in range(num_samples)]
-    lost = [f"sample {sample} of prompt {name}" for name, sample in wanted if (name, sample) not in found]
-    if lost or len(completions) != len(wanted):
-        raise RolloutError(listing(f"{len(wanted)} samples were asked for and {len(completions)} came; missing:", lost))
-    row_of = {row.name: row for row in rows}
-    prompt_of = {request.prompt_id: request.prompt_tokens for request in requests}
-    texts = [run.tokenizer.decode(found[key].tokens) for key in wanted]
-    scores = Rewards(rewards).score([row_of[name] for name, _ in wanted], texts)
-    return [
-        _trajectory(found[key], prompt_of[key[0]], {name: values[i] for name, values in scores.items()})
-        for i, key in enumerate(wanted)
+    run: Run, row: PromptRow, request: GenerateRequest, found: dict[int, Completion], rewards: Sequence[Reward]
+) -> Group:
+    completions = [found[sample] for sample in sorted(found)]
+    texts = [run.tokenizer.decode(completion.tokens) for completion in completions]
+    scores = Rewards(rewards).score([row] * len(texts), texts)
+    responses = [
+        _response(completion, request.seeds[completion.sample], {name: values[i] for name, values in scores.items()})
+        for i, completion in enumerate(completions)
     ]
+    return Group(row.name, request.prompt_tokens, tuple(responses))
 
 
-def _trajectory(completion: Completion, prompt_tokens: np.ndarray, rewards: dict[str, float]) -> Trajectory:
+def _response(completion: Completion, seed: int, rewards: dict[str, float]) -> Response:
     segment = Segment(
         tokens=completion.tokens,
         trained=True,
         behaviour_logprobs=completion.logprobs,
         weight_versions=completion.weight_versions,
     )
-    return Trajectory(
-        completion.prompt_id, completion.sample, prompt_tokens, (segment,), completion.finish_reason, rewards
-    )
+    return Response(completion.sample, seed, (segment,), completion.finish_reason, rewards)
 
 
 def totals(trajectories: Sequence[Trajectory], rewards: Sequence[Reward]) -> np.ndarray:

@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from megatron_dgrpo.algorithms.build import dgrpo_loss, dgrpo_streams, head_options
+from megatron_dgrpo.algorithms.build import dgrpo_loss, head_options
 from megatron_dgrpo.algorithms.factors import Factors
 from megatron_dgrpo.algorithms.mismatch import check_mismatch
-from megatron_dgrpo.config.schema import DGRPO
+from megatron_dgrpo.config.schema import DGRPO, Periodic
 from megatron_dgrpo.config.stages import shaping_note
 from megatron_dgrpo.observe.silence import SilentSteps
 from megatron_dgrpo.observe.timers import Phases
-from megatron_dgrpo.packing.trajectory import Trajectory, by_prompts
+from megatron_dgrpo.packing.trajectory import Trajectory
 from megatron_dgrpo.packing.trees import trees
-from megatron_dgrpo.train.collect import collect, totals
+from megatron_dgrpo.rollout.journal import Trained
+from megatron_dgrpo.train.chunks import chunks
 from megatron_dgrpo.train.evaluation import evaluate
 from megatron_dgrpo.train.preflight import check_update
 from megatron_dgrpo.train.run import Run
-from megatron_dgrpo.train.update import Work, compute_gradients, old_logprobs
+from megatron_dgrpo.train.tally import Tally, check_schedule
+from megatron_dgrpo.train.update import Gradients, Work, old_logprobs
 
 
 def run_dgrpo(run: Run, stage: DGRPO, number: int) -> None:
     student = run.trained
+    check_schedule(stage)
     prompts = run.prompts(stage, number)
     factors = Factors(stage.objective, dgrpo_loss(stage.objective)[0])
     silent = SilentSteps()
@@ -38,63 +41,86 @@ def run_dgrpo(run: Run, stage: DGRPO, number: int) -> None:
         phases = Phases()
         with phases("sync"):
             run.sync(stage.engine)
-        trajectories = collect(
-            run,
-            stage.engine,
-            prompts.take(stage.prompts_per_step),
-            sampling=stage.sampling,
-            num_samples=stage.group_size,
-            rewards=stage.rewards,
-            seed=run.config.seed + number,
-            step=step,
-            phases=phases,
-        )
-        facts = _facts(trajectories, totals(trajectories, stage.rewards)) | prompts.facts()
-        with phases("pack"):
-            trajectories = run.fitting(trajectories, stage, facts)
-            shares = by_prompts(trajectories, stage.updates_per_batch)
-            work = [_work(run, stage, members, facts, factors.at(step - 1), step) for members in shares]
-        with phases("teach"):
-            work = [_teach(run, stage, item, members) for item, members in zip(work, shares, strict=True)]
-        if step == 1 and stage.preflight and stage.objective.uses_teacher:
-            with phases("preflight"):
-                facts |= _preflight(run, stage, work[0], factors.at(0), shares[0])
-        with phases("train"):
-            seen: list[dict[str, float]] = []
-            if len(work) > 1:  # the later updates need the log-probs that the batch began with
-                work = [replace(item, streams=old_logprobs(student, item)) for item in work]
-            for update, item in enumerate(work, 1):
-                metrics = compute_gradients(student, item)
+        rows = prompts.take(stage.prompts_per_step)
+        tally = Tally(stage, prompts.facts())
+        updates = _updates(run, stage, chunks(run, stage, number, step, rows, phases), tally, factors, step, phases)
+        seen: list[dict[str, float]] = []
+        for update, parts in enumerate(updates, 1):
+            gradients = Gradients(student)
+            for work in parts:
+                with phases("train"):
+                    gradients.add(work)
+            with phases("train"):
+                metrics = gradients.finish(tally.scale)
                 if warning := check_mismatch(stage.mismatch, metrics, f"stages.{number}"):
-                    run.note(f"step {step}, update {update}: {warning}")
+                    run.note(f"step {step}, update {update}: {warning}", kind="mismatch", level="warning")
                 metrics |= student.update()
-                seen.append(metrics)
-                run.version += 1
-                last = update == len(work)
-                run.report(number, step, facts | metrics, update=update, phases=phases if last else None)
-        if words := silent.observe(facts, factors.at(step - 1)):
+            seen.append(metrics)
+            run.version += 1
+            if run.journal is not None:
+                run.journal.trained(Trained(update, run.version, tally.samples[update - 1]))
+            last = update == len(updates)
+            run.report(number, step, tally.facts | metrics, update=update, phases=phases if last else None)
+        if words := silent.observe(tally.facts, factors.at(step - 1)):
             run.note(words, kind="silence", level="warning")
         factors.observe({name: float(np.mean([m[name] for m in seen if name in m])) for name in seen[-1]})
         evaluate(run, number, step)
 
 
-def _work(
+def _updates(
     run: Run,
     stage: DGRPO,
-    trajectories: Sequence[Trajectory],
-    facts: dict[str, float],
+    generated: Iterator[list[Trajectory]],
+    tally: Tally,
+    factors: Factors,
+    step: int,
+    phases: Phases,
+) -> Sequence[Iterable[Work]]:
+    """The step's updates, and the parts of the batch that each is made of: those of the periodic schedule are made
+    while it trains on them, the others before the first update."""
+    parts = (
+        work for chunk in generated for work in _prepared(run, stage, chunk, tally, factors.at(step - 1), step, phases)
+    )
+    if isinstance(stage.schedule, Periodic):
+        return [parts]
+    works = list(parts)
+    if len(works) > 1:  # the later updates need the log-probs that the batch began with
+        with phases("train"):
+            works = [replace(work, streams=old_logprobs(run.trained, work)) for work in works]
+    return [[work] for work in works]
+
+
+def _prepared(
+    run: Run,
+    stage: DGRPO,
+    chunk: Sequence[Trajectory],
+    tally: Tally,
     factors: dict[str, float],
     step: int,
+    phases: Phases,
+) -> list[Work]:
+    """What to train on of a chunk, packed and taught."""
+    first = not any(tally.samples)
+    with phases("pack"):
+        shares = tally.shares(run, chunk)
+        work = [_work(run, stage, tally, members, factors, step) for members in shares]
+    with phases("teach"):
+        work = [_teach(run, stage, item, members) for item, members in zip(work, shares, strict=True)]
+    if first and work and step == 1 and stage.preflight and stage.objective.uses_teacher:
+        with phases("preflight"):
+            tally.facts |= _preflight(run, stage, work[0], factors, shares[0])
+    return work
+
+
+def _work(
+    run: Run, stage: DGRPO, tally: Tally, trajectories: Sequence[Trajectory], factors: dict[str, float], step: int
 ) -> Work:
-    """This rank's micro-batches of one update, and the streams of all of it."""
-    batch = dgrpo_streams(trajectories, totals(trajectories, stage.rewards), stage.objective)
-    for name, value in batch.facts.items():
-        facts[name] = facts.get(name, 0.0) + value
+    """This rank's micro-batches of one part of the batch, and the streams of all of it."""
     layouts = run.micro_batches(trees(trajectories), stage.micro_batch_tokens)
     loss, _ = dgrpo_loss(stage.objective)
     return Work(
         layouts,
-        batch.streams,
+        tally.streams(trajectories),
         loss,
         factors,
         stage.sampling.temperature,
@@ -120,14 +146,3 @@ def _preflight(
     teacher = run.config.models[run.config.teachers[0].model]
     same = run.version == 0 and Path(teacher.path).resolve() == Path(run.model.path).resolve()
     return check_update(run.trained, work, again, factors, same_weights=same)
-
-
-def _facts(trajectories: Sequence[Trajectory], totals_B: np.ndarray) -> dict[str, float]:
-    lengths = np.asarray([t.num_loss_tokens for t in trajectories])
-    return {
-        "reward/mean": float(totals_B.mean()),
-        "reward/std": float(totals_B.std()),
-        "response/length": float(lengths.mean()),
-        "response/truncated": float(np.mean([t.finish_reason == "length" for t in trajectories])),
-        "tokens": float(lengths.sum() + sum(len(t.prompt_tokens) for t in trajectories)),
-    }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from megatron_dgrpo.observe.timers import Phases
-from megatron_dgrpo.train.collect import collect, totals
+from megatron_dgrpo.train.collect import Asked, collect, totals
 from megatron_dgrpo.train.run import Run
 
 EVALUATION_SEED = 7919
@@ -23,18 +23,19 @@ def evaluate(run: Run, stage: int, step: int) -> None:
     phases = Phases()
     with phases("sync"):
         run.sync(settings.engine)
-    trajectories = collect(
-        run,
+    asked = Asked(
         settings.engine,
         run.heldout,
-        sampling=settings.sampling,
+        settings.sampling,
         num_samples=1,
         rewards=settings.rewards,
         seed=EVALUATION_SEED,
         step=0,
-        phases=phases,
         what="evaluate",
     )
+    trajectories = collect(run, asked, phases)
+    if not trajectories:  # not rank 0, which reports
+        return
     rewards_B = totals(trajectories, settings.rewards)
     values = {
         "heldout/reward": float(rewards_B.mean()),

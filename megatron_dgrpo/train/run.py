@@ -40,7 +40,8 @@ from megatron_dgrpo.packing.trees import Tree
 from megatron_dgrpo.parallel.groups import Groups
 from megatron_dgrpo.rollout.client import EngineClient
 from megatron_dgrpo.rollout.codec import decode, encode
-from megatron_dgrpo.rollout.messages import TrajectoryBatch
+from megatron_dgrpo.rollout.journal import Journal
+from megatron_dgrpo.rollout.messages import Chunk
 from megatron_dgrpo.rollout.transfer import push_weights
 from megatron_dgrpo.teacher.frozen import FrozenTeacher, load_teacher
 from megatron_dgrpo.train.student import Student, load_student
@@ -71,6 +72,7 @@ class Run:
     store: dist.Store
     engines: Engines | None  # on rank 0
     records: Records | None  # on rank 0
+    journal: Journal | None  # on rank 0
     shm_prefix: str
     teacher_groups: Groups | None = None
     teacher: FrozenTeacher | None = None
@@ -131,17 +133,20 @@ class Run:
         place = self.groups.grid.coordinate
         return self.packing(max_tokens).micro_batches(trees, rank=place("dp"), cp_rank=place("cp"))
 
-    def fitting(self, trajectories: Sequence[Trajectory], stage: Stage, facts: dict[str, float]) -> list[Trajectory]:
-        """Without those that are too long, where the stage drops them; `facts` says how many there were."""
+    def fitting(
+        self, trajectories: Sequence[Trajectory], stage: Stage, facts: dict[str, float], *, whole: bool = True
+    ) -> list[Trajectory]:
+        """Without those that are too long, where the stage drops them; `facts` adds them up. Of a batch that is not
+        whole none may be left."""
         limits = Limits(
             room=self.packing(stage.micro_batch_tokens).room,
             room_setting=f"micro_batch_tokens={stage.micro_batch_tokens}",
             max_positions=self.spec.max_positions,
             vocab_size=self.spec.vocab_size,
         )
-        found = keep_fitting(trajectories, limits, stage.on_overlong)
+        found = keep_fitting(trajectories, limits, stage.on_overlong, may_be_empty=not whole)
         if stage.on_overlong == "drop":
-            facts["dropped"] = float(len(found.dropped))
+            facts["dropped"] = facts.get("dropped", 0.0) + len(found.dropped)
         if found.dropped:
             self.note(
                 listing(f"{len(found.dropped)} sequences are too long and were dropped:", found.dropped),
@@ -192,25 +197,25 @@ class Run:
             )
         self.versions[engine] = self.version
 
-    def share_trajectories(self, mine: Sequence[Trajectory] | None, deadline_s: float) -> list[Trajectory]:
-        """Rank 0's trajectories on every rank. The others wait in the store for at most the deadline."""
-        key, num_readers = f"trajectories/{self._published}", dist.get_world_size() - 1
+    def share(self, mine: Chunk | None, deadline_s: float) -> Chunk:
+        """Rank 0's chunk on every rank. The others wait in the store for at most the deadline."""
+        key, num_readers = f"chunks/{self._published}", dist.get_world_size() - 1
         self._published += 1
         if self.rank == 0:
             assert mine is not None
             if num_readers:
-                self.store.set(key, encode(TrajectoryBatch(tuple(mine))))  # type: ignore[arg-type] # its stub says text
-            return list(mine)
+                self.store.set(key, encode(mine))  # type: ignore[arg-type] # its stub says text
+            return mine
         try:
             self.store.wait([key], timedelta(seconds=deadline_s))
         except dist.DistError as error:
             raise RolloutError(f"rank {self.rank} waited {deadline_s:g} s for rank 0's rollouts: {error}") from error
-        batch = decode(self.store.get(key))
+        chunk = decode(self.store.get(key))
         if self.store.add(f"{key}/read", 1) == num_readers:  # the last one clears up
             self.store.delete_key(key)
             self.store.delete_key(f"{key}/read")
-        assert isinstance(batch, TrajectoryBatch)
-        return list(batch.trajectories)
+        assert isinstance(chunk, Chunk)
+        return chunk
 
     def export(self, target: Path) -> None:
         dtype = DTYPES[self.model.dtype]

@@ -26,7 +26,7 @@ class Student:
     """A decoder in training. Its optimizer is made anew for each stage."""
 
     def __init__(self, decoder: Decoder) -> None:
-        decoder.config.finalize_model_grads_func = finalize_model_grads
+        assert decoder.config.finalize_model_grads_func is None  # `reduce_gradients` does it, once an update
         ddp = DistributedDataParallelConfig(
             use_distributed_optimizer=True, grad_reduce_in_fp32=decoder.config.params_dtype == torch.bfloat16
         )
@@ -72,6 +72,13 @@ class Student:
             part.zero_grad_buffer()
         if self._optimizer is not None:
             self._optimizer.zero_grad()
+
+    def reduce_gradients(self, scale: float = 1.0) -> None:
+        """Over ranks, once an update: the sums replace what was added up, so that a second call would count twice."""
+        finalize_model_grads(self.wrapped, None, pg_collection=self.decoder.groups.collection)
+        if scale != 1.0:
+            for part in self.wrapped:
+                part.scale_gradients(scale)
 
     def update(self) -> dict[str, float]:
         """One optimizer update from the gradients in the buffers. Nothing is changed when they are not finite."""

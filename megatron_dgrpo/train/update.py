@@ -5,6 +5,8 @@ Legend: _R loss rows of a micro-batch, _N loss tokens of the batch.
 The trainer knows no algorithm: it is given streams, a loss and its factors. The order of a micro-batch is hidden
 states -> loss rows -> statistics -> terms -> a scalar whose backward goes the same way back. Megatron scales nothing:
 its loss function reports 0 tokens, which makes the divisor 1, and `calculate_per_token_loss` turns its averages off.
+A batch may come in parts: gradients are linear, so those of the parts add up, and a factor that is known only when all
+of them are there (the number of its tokens, say) multiplies the sum.
 
 Only the last stage of a pipeline has the head and sees loss rows. What it counted is handed to the other stages, so
 that every rank reports the same and all of them stop when a row is not finite.
@@ -30,7 +32,7 @@ from megatron_dgrpo.algorithms.diagnostics import (
     sign_disagreement,
 )
 from megatron_dgrpo.algorithms.losses import Evaluation, Loss, Summary, add_summaries, attach, nonfinite_report
-from megatron_dgrpo.algorithms.metrics import Metric, merge, pack, unpack, values
+from megatron_dgrpo.algorithms.metrics import Metric, merge, pack, rescaled, unpack, values
 from megatron_dgrpo.algorithms.mismatch import mismatch_metrics
 from megatron_dgrpo.algorithms.streams import Streams
 from megatron_dgrpo.errors import NonFiniteError, listing
@@ -59,28 +61,52 @@ class Work:
     balance: bool = False  # compare the gradients of the terms by the hidden states
 
 
-def compute_gradients(student: Student, work: Work) -> dict[str, float]:
-    """Fill the gradient buffers; returns the metrics of the whole batch, the same on every rank."""
-    student.zero_grad()
-    summary = _summary(student, work) if work.loss.needs != "token" else None
-    reports: list[str] = []
+class Gradients:
+    """The gradient of one update, and what there is to say of it, out of one part of the batch or several.
 
-    def loss_of(hidden: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, dict[str, Metric]]:
-        rows = loss_rows(student, hidden, layout, work)
-        scalar, evaluation, statistics = _evaluate(rows, work, summary)
-        reports.extend(nonfinite_report(evaluation, statistics, rows.streams))
-        return scalar, _metrics(rows, work, evaluation, statistics)
+    Parts add up in the gradient buffers. Nothing is reduced over ranks before `finish`.
+    """
 
-    parts = run_schedule(student.decoder, student.wrapped, work.layouts, loss_of, forward_only=False)
-    metrics = _of_the_whole_batch(student, parts)
-    if metrics.get("nonfinite_rows"):
-        raise NonFiniteError(
-            listing(
-                f"{int(metrics['nonfinite_rows'])} loss rows are not finite; no weight was changed. On this rank:",
-                reports or ["none: see the other ranks' logs"],
+    def __init__(self, student: Student) -> None:
+        student.zero_grad()
+        self._student = student
+        self._metrics: dict[str, Metric] = {}
+        self._reports: list[str] = []
+        self._factors: Mapping[str, float] = {}
+
+    def add(self, work: Work) -> None:
+        student = self._student
+        summary = _summary(student, work) if work.loss.needs != "token" else None
+
+        def loss_of(hidden: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, dict[str, Metric]]:
+            rows = loss_rows(student, hidden, layout, work)
+            scalar, evaluation, statistics = _evaluate(rows, work, summary)
+            self._reports.extend(nonfinite_report(evaluation, statistics, rows.streams))
+            return scalar, _metrics(rows, work, evaluation, statistics)
+
+        parts = run_schedule(student.decoder, student.wrapped, work.layouts, loss_of, forward_only=False)
+        self._metrics = merge([self._metrics, *parts])
+        self._factors = work.factors
+
+    def finish(self, scale: float = 1.0) -> dict[str, float]:
+        """Make the gradient whole, times `scale`. Returns the metrics of all parts, the same on every rank."""
+        self._student.reduce_gradients(scale)
+        metrics = _of_the_whole_batch(self._student, rescaled(self._metrics, scale))
+        if metrics.get("nonfinite_rows"):
+            raise NonFiniteError(
+                listing(
+                    f"{int(metrics['nonfinite_rows'])} loss rows are not finite; no weight was changed. On this rank:",
+                    self._reports or ["none: see the other ranks' logs"],
+                )
             )
-        )
-    return balance_values(metrics) | {f"{name}/factor": float(factor) for name, factor in work.factors.items()}
+        return balance_values(metrics) | {f"{name}/factor": float(factor) for name, factor in self._factors.items()}
+
+
+def compute_gradients(student: Student, work: Work) -> dict[str, float]:
+    """Fill the gradient buffers from a whole batch; returns its metrics, the same on every rank."""
+    gradients = Gradients(student)
+    gradients.add(work)
+    return gradients.finish()
 
 
 def old_logprobs(student: Student, work: Work) -> Streams:
@@ -180,12 +206,11 @@ def _metrics(rows: LossRows, work: Work, evaluation: Evaluation, statistics: Row
     return merge(metrics)
 
 
-def _of_the_whole_batch(student: Student, parts: Sequence[Mapping[str, Metric]]) -> dict[str, float]:
+def _of_the_whole_batch(student: Student, metrics: Mapping[str, Metric]) -> dict[str, float]:
     """Exact figures: sums and maxima over the data-parallel ranks of the last stage, the same on every rank."""
     groups = student.decoder.groups
     found: dict[str, float] | None = None
     if groups.grid.last_stage:
-        metrics = merge(parts)
         sums, maxima = (vector.to(platform.device()) for vector in pack(metrics))
         dist.all_reduce(sums, group=groups.dp_cp)
         dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=groups.dp_cp)

@@ -17,6 +17,7 @@ from megatron_dgrpo.observe.records import Records
 from megatron_dgrpo.observe.trackers import trackers
 from megatron_dgrpo.parallel import platform
 from megatron_dgrpo.parallel.groups import Groups
+from megatron_dgrpo.rollout.journal import Journal
 from megatron_dgrpo.train.assist import assist
 from megatron_dgrpo.train.dgrpo import run_dgrpo
 from megatron_dgrpo.train.run import Engines, Run, load_run_student
@@ -68,6 +69,7 @@ def _build(config: Config, store: dist.Store, engines: Mapping[str, str], key: s
         store=store,
         engines=Engines(config, engines, key) if first else None,
         records=_records(config) if first else None,
+        journal=Journal(Path(config.run_dir) / "rollouts", keep=config.keep_rollouts) if first else None,
         shm_prefix=shm_prefix,
         teacher_groups=teacher_groups,
     )

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from megatron_dgrpo.algorithms.aggregation import joint_token_mean, token_weights
+from megatron_dgrpo.algorithms.aggregation import denominator, joint_token_mean, token_weights
 from megatron_dgrpo.errors import ObjectiveError
 
 PROMPTS = [7, 7, 7, 3, 5, 5]  # groups of 3, 1 and 2
@@ -30,6 +30,17 @@ def test_sequence_mean_is_a_mean_over_responses():
 
 def test_token_mean_counts_every_token_once():
     assert token_weights("token_mean", SAMPLE_N, PROMPTS) @ VALUES_N == pytest.approx(VALUES_N.mean(), rel=1e-13)
+
+
+@pytest.mark.parametrize("aggregation", ["sequence_group_prompt_mean", "sequence_mean", "token_mean"])
+@pytest.mark.parametrize("groups", [(7,), (3, 5), (5,), (7, 5)])
+def test_a_part_has_the_wholes_weights_by_the_ratio_of_their_denominators(aggregation, groups):
+    members = [i for i in range(6) if PROMPTS[i] in groups]
+    prompts, lengths = [PROMPTS[i] for i in members], [LENGTHS[i] for i in members]
+    part = token_weights(aggregation, np.repeat(np.arange(len(members)), lengths), prompts)
+    ratio = denominator(aggregation, prompts, lengths) / denominator(aggregation, PROMPTS, LENGTHS)
+    whole = token_weights(aggregation, SAMPLE_N, PROMPTS)[np.isin(SAMPLE_N, members)]
+    assert part * ratio == pytest.approx(whole, rel=1e-14)
 
 
 @pytest.mark.parametrize("aggregation", ["sequence_group_prompt_mean", "sequence_mean", "token_mean"])

@@ -1,7 +1,19 @@
 import pytest
 import torch
 
-from megatron_dgrpo.algorithms.metrics import Mean, Quantile, Sum, max_of, mean_of, merge, pack, sum_of, unpack, values
+from megatron_dgrpo.algorithms.metrics import (
+    Mean,
+    Quantile,
+    Sum,
+    max_of,
+    mean_of,
+    merge,
+    pack,
+    rescaled,
+    sum_of,
+    unpack,
+    values,
+)
 
 
 def some(values_T, weight_T):
@@ -46,6 +58,15 @@ def test_nothing_to_average_is_left_out_and_sums_stay_zero():
     masked = values({"m": mean_of(torch.tensor([float("nan"), 2.0]), torch.tensor([0.0, 1.0]))})
     assert masked == {"m": 2.0}
     assert [v.tolist() for v in pack({})] == [[], []]
+
+
+def test_sums_grow_with_the_weights_by_their_degree_also_once_merged_and_reduced():
+    metrics = {"count": sum_of(torch.ones(3)), "loss": sum_of(torch.ones(3), 1), "square": sum_of(torch.ones(3), 2)}
+    metrics |= {"mean": mean_of(torch.ones(3), 2 * torch.ones(3)), "max": max_of(torch.ones(3))}
+    merged = merge([metrics, metrics])
+    expected = {"count": 6.0, "loss": 3.0, "square": 1.5, "mean": 1.0, "max": 1.0}
+    assert values(rescaled(merged, 0.5)) == expected
+    assert values(rescaled(unpack(merged, *pack(merged)), 0.5)) == expected
 
 
 def test_one_name_has_one_kind():

@@ -55,6 +55,7 @@ def _hidden_and_gradients(rank: int, world: int, folder: str, layers: str, fp8: 
         return (rows * weight).sum(), None
 
     run_schedule(student.decoder, student.wrapped, batches, finish, forward_only=False)
+    student.reduce_gradients()
     gather_data_parallel_gradients(student.wrapped)
     return found[0], [piece._replace(tensor=piece.tensor.cpu()) for piece in pieces(student.decoder, "main_grad")]
 

@@ -119,6 +119,7 @@ def _logits_and_gradients(
         return loss, None
 
     run_schedule(student.decoder, student.wrapped, batches, finish, forward_only=False)
+    student.reduce_gradients()
     gather_data_parallel_gradients(student.wrapped)
     return found, pieces(student.decoder, "main_grad")
 

@@ -25,6 +25,8 @@ def test_dropped_ones_are_listed() -> None:
     assert [words.split(" has")[0] for words in found.dropped] == ["sample 1 of prompt b", "sample 2 of prompt c"]
     with pytest.raises(DataError, match="leaves nothing"):
         keep_fitting([LONG], LIMITS, "drop")
+    part = keep_fitting([LONG], LIMITS, "drop", may_be_empty=True)
+    assert part.trajectories == [] and len(part.dropped) == 1
 
 
 def test_ids_outside_the_vocabulary_are_an_error_even_where_long_ones_are_dropped() -> None:

@@ -85,7 +85,9 @@ def test_trajectories_are_messages():
     tool = Segment(np.array([7], np.int32), False)
     trajectory = Trajectory("p", 1, np.array([1, 2], np.int32), (segment, tool), "stop", {"exact": 1.0})
     assert same(decode(encode(trajectory)), trajectory)
-    assert same(decode(encode(m.TrajectoryBatch((trajectory,)))).trajectories, (trajectory,))
+    response = m.Response(1, 2**62, trajectory.segments, "stop", {"exact": 0.1 + 0.2})
+    chunk = m.Chunk((m.Group("p", trajectory.prompt_tokens, (response,)),), last=True)
+    assert same(decode(encode(chunk)), chunk)
 
 
 @pytest.mark.parametrize(

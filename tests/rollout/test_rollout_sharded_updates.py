@@ -113,7 +113,7 @@ def test_after_real_updates_the_engine_is_like_a_fresh_one(family, tied, axes, t
     assert not events.since_last()["model.safetensors"]
     events.close()
     assert moved < 0.05 * model_bytes
-    assert all(own_bytes < 0.05 * model_bytes for rank in ranks for own_bytes, _, _ in rank)
+    assert all(own_bytes < 0.2 * model_bytes for rank in ranks for own_bytes, _, _ in rank)
     for version, (_, info, answers) in enumerate(ranks[0], 1):
         assert (info.pid, info.weight_version, info.whole) == (pid, version, True)
         assert difference(answers, fresh(str(tmp_path / f"v{version}"), greedy())) <= TOLERANCE

@@ -1,0 +1,74 @@
+"""A step's trajectories, chunk by chunk, on every rank: how generating and training follow each other.
+
+`synchronous` has one chunk, the whole batch, in the order of its prompts. `periodic` has a chunk whenever some groups
+have ended: a thread of rank 0 (`feed`) takes and scores the engine's answers while its main thread trains.
+
+All ranks must train on the same chunks. Rank 0 alone knows what has ended: it publishes each chunk in the store, and
+the others wait for it there with a deadline, never in a collective. A chunk also says whether it is the last one. It
+is in the journal, synced, before it is published.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from megatron_dgrpo.config.schema import DGRPO, Periodic
+from megatron_dgrpo.data.dataset import PromptRow
+from megatron_dgrpo.observe.timers import Phases
+from megatron_dgrpo.packing.trajectory import Trajectory
+from megatron_dgrpo.rollout.journal import Began
+from megatron_dgrpo.rollout.messages import Chunk
+from megatron_dgrpo.train.collect import Asked, patience_s, scored_groups
+from megatron_dgrpo.train.feed import Feed
+from megatron_dgrpo.train.run import Run
+
+
+def chunks(
+    run: Run, stage: DGRPO, number: int, step: int, rows: Sequence[PromptRow], phases: Phases
+) -> Iterator[list[Trajectory]]:
+    """The step's trajectories, whole groups at a time; `rows` are asked for by rank 0 and need be there alone."""
+    asked = Asked(
+        stage.engine,
+        rows,
+        stage.sampling,
+        num_samples=stage.group_size,
+        rewards=stage.rewards,
+        seed=run.config.seed + number,
+        step=step,
+    )
+    source = None
+    if run.journal is not None:
+        prompt_ids = tuple(row.name for row in rows)
+        began = Began(number, step, run.version, prompt_ids, asked.num_samples, stage.updates_per_batch)
+        run.journal.begin(began)
+        source = _source(run, stage, asked, phases)
+    last = False
+    while not last:
+        with phases("generate"):
+            chunk = run.share(next(source) if source is not None else None, patience_s(run, stage.engine))
+        last = chunk.last
+        yield [trajectory for group in chunk.groups for trajectory in group.trajectories]
+
+
+def _source(run: Run, stage: DGRPO, asked: Asked, phases: Phases) -> Iterator[Chunk]:
+    """Rank 0's chunks, each of them safe in the journal."""
+    journal, schedule = run.journal, stage.schedule
+    assert journal is not None
+    place = {row.name: number for number, row in enumerate(asked.rows)}
+    in_order = lambda groups: tuple(sorted(groups, key=lambda group: place[group.prompt_id]))  # noqa: E731
+    if not isinstance(schedule, Periodic):
+        groups = []
+        for group in scored_groups(run, asked, phases):
+            journal.append(group)
+            groups.append(group)
+        journal.sync()
+        yield Chunk(in_order(groups), last=True)
+        return
+    asked = replace(asked, what="")  # the board is the main thread's
+    feed = Feed(scored_groups(run, asked, Phases()), len(place), journal, in_memory=schedule.groups_in_memory)
+    last = False
+    while not last:
+        groups, last = feed.take(schedule.chunk_groups, patience_s(run, stage.engine))
+        journal.sync()
+        yield Chunk(in_order(groups), last)

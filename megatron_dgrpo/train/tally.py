@@ -1,0 +1,118 @@
+"""What is known of a step's batch as its parts come in: what of it is trained on, its normalisation, its figures.
+
+Weights carry the whole normalisation, 1 over the number of the batch's prompts (or responses, or tokens, as the
+aggregation says). A part that comes before the others cannot know it, as some of them may be too long and dropped, or
+simply because nobody knows how long they will be. So a part is weighted as if the batch had the number that is to be
+expected, and the sum of all parts is multiplied by expected / found, in the gradient and in the metrics that grow with
+the weights: exactly what the whole batch gives at once. The factor is 1, and nothing is multiplied, where means are
+over prompts or responses and nothing was dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from megatron_dgrpo.algorithms.aggregation import denominator
+from megatron_dgrpo.algorithms.build import dgrpo_loss, dgrpo_streams
+from megatron_dgrpo.algorithms.streams import Streams
+from megatron_dgrpo.config.schema import DGRPO, Periodic
+from megatron_dgrpo.errors import DataError, ObjectiveError
+from megatron_dgrpo.packing.trajectory import Trajectory, by_prompts
+from megatron_dgrpo.rollout.journal import Sample, samples_of
+from megatron_dgrpo.train.collect import totals
+from megatron_dgrpo.train.run import Run
+
+
+def check_schedule(stage: DGRPO) -> None:
+    """Terms that look at the whole batch first cannot be trained on a part of it."""
+    loss, _ = dgrpo_loss(stage.objective)
+    if isinstance(stage.schedule, Periodic) and loss.needs != "token":
+        raise ObjectiveError(
+            f"a term of this objective must see every {loss.needs} of the batch before its first gradient, and the "
+            "periodic schedule trains on parts of it as they end: set schedule=synchronous"
+        )
+
+
+class Tally:
+    """Of one step."""
+
+    def __init__(self, stage: DGRPO, facts: Mapping[str, float]) -> None:
+        self._stage = stage
+        self._in_parts = isinstance(stage.schedule, Periodic)
+        self._expected = _expected(stage)
+        self._found = 0.0
+        self._rewards: list[float] = []
+        self._lengths: list[int] = []
+        self._truncated: list[bool] = []
+        self.samples: list[tuple[Sample, ...]] = []
+        """What each update trains on."""
+        self.facts = dict(facts)
+        """For the step's record."""
+
+    def shares(self, run: Run, chunk: Sequence[Trajectory]) -> list[list[Trajectory]]:
+        """What of a chunk fits, and is trained on together; every rank of the world knows it."""
+        self._observe(chunk)
+        found = shares(run, self._stage, chunk, self.facts)
+        taken = [tuple(samples_of(members)) for members in found]
+        if self._in_parts:
+            taken = [tuple(sample for one in (*self.samples, *taken) for sample in one)]
+        self.samples = taken
+        return found
+
+    def streams(self, trajectories: Sequence[Trajectory]) -> Streams:
+        """Those of a share: of an update of its own, or weighted as a part of the batch that is expected."""
+        stage = self._stage
+        batch = dgrpo_streams(trajectories, totals(trajectories, stage.rewards), stage.objective)
+        for name, value in batch.facts.items():
+            self.facts[name] = self.facts.get(name, 0.0) + value
+        if not self._in_parts:
+            return batch.streams
+        here = denominator(
+            stage.objective.aggregation,
+            np.unique([t.prompt_id for t in trajectories], return_inverse=True)[1],
+            [t.num_loss_tokens for t in trajectories],
+        )
+        self._found += here
+        return batch.streams.weighted(here / self._expected)
+
+    @property
+    def scale(self) -> float:
+        """What multiplies the sum of all parts."""
+        if not self._in_parts:
+            return 1.0
+        if not self._found:
+            raise DataError("on_overlong=drop leaves nothing of the whole step to train on: raise micro_batch_tokens")
+        return self._expected / self._found
+
+    def _observe(self, trajectories: Sequence[Trajectory]) -> None:
+        self._rewards += totals(trajectories, self._stage.rewards).tolist()
+        self._lengths += [t.num_loss_tokens for t in trajectories]
+        self._truncated += [t.finish_reason == "length" for t in trajectories]
+        prompt_tokens = sum(len(t.prompt_tokens) for t in trajectories)
+        self.facts |= {
+            "reward/mean": float(np.mean(self._rewards)),
+            "reward/std": float(np.std(self._rewards)),
+            "response/length": float(np.mean(self._lengths)),
+            "response/truncated": float(np.mean(self._truncated)),
+            "tokens": self.facts.get("tokens", 0.0) + sum(t.num_loss_tokens for t in trajectories) + prompt_tokens,
+        }
+
+
+def shares(run: Run, stage: DGRPO, chunk: Sequence[Trajectory], facts: dict[str, float]) -> list[list[Trajectory]]:
+    """What of a chunk fits, in one share for each update; in one or none where the chunk is a part of an update's."""
+    fitting = run.fitting(chunk, stage, facts, whole=not isinstance(stage.schedule, Periodic))
+    return by_prompts(fitting, stage.updates_per_batch) if fitting else []
+
+
+def _expected(stage: DGRPO) -> float:
+    """The denominator of the batch, before it is there."""
+    prompts, responses = stage.prompts_per_step, stage.prompts_per_step * stage.group_size
+    match stage.objective.aggregation:
+        case "sequence_group_prompt_mean":
+            return float(prompts)
+        case "sequence_mean":
+            return float(responses)
+        case _:
+            return float(responses * stage.sampling.max_tokens)
