@@ -6,8 +6,8 @@ vLLM does by itself:
 - On CPU they are forked from the host, which has all imports: vLLM would start an interpreter for each, 20 s of imports
   on a free core. A fork is safe only while the host has run no parallel region, since an OpenMP pool does not survive
   it: the host computes nothing then, and keeps to one thread for good.
-- Forked ones ask the kernel to be killed when the host dies, in whatever way it does. A worker of vLLM's own notices a closed
-  pipe, and only where it reads it: one that computes, or waits for another worker, goes on.
+- Forked ones ask the kernel to be killed when the host dies, in whatever way it does. A worker of vLLM's own notices a
+  closed pipe, and only where it reads it: one that computes, or waits for another worker, goes on.
 - A call answers with what went wrong instead of raising. When several workers raise, vLLM's executor reads the first
   answer and leaves the others in their queues, where they are taken for answers to the next call.
 """
