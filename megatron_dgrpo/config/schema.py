@@ -115,7 +115,7 @@ class Engine(Frozen):
     max_model_len: PositiveInt
     """Longest prompt plus response, in tokens."""
     kv_cache_bytes: PositiveInt = 2**28
-    """Memory for keys and values."""
+    """Memory for keys and values, on each of its ranks."""
     max_num_seqs: PositiveInt = 256
     """Sequences generated at the same time."""
     prefix_cache: bool = True
@@ -124,13 +124,17 @@ class Engine(Frozen):
     """Compute prompts in pieces, of at most so many tokens a step for all sequences together (none: each prompt in one
     piece, with memory for all of it)."""
     threads: PositiveInt = 1
-    """CPU threads of the host, where it runs on CPU."""
+    """CPU threads of the host, or of each of its ranks, where it runs on CPU."""
+    tp: PositiveInt = 1
+    """Ranks over which the model is cut, each a process of its own."""
     start_timeout_s: PositiveFloat = 600.0
     """How long the host may take to be ready."""
     request_timeout_s: PositiveFloat = 1800.0
     """How long a batch of requests may take."""
-    bucket_bytes: PositiveInt = 2**26
-    """Weights arrive in buckets of this size (or of one tensor, where that is larger); two are in flight."""
+    bucket_bytes: PositiveInt = 2**24
+    """Weights arrive in buckets of this size; two are in flight."""
+    checksums: bool = False
+    """Compare a checksum of every tensor on both sides of each transfer of weights."""
 
 
 class Teacher(Frozen):

@@ -104,6 +104,7 @@ def _engine_args(engine: Engine, model: Model, address: str, key: str, *, determ
         "max_num_seqs": engine.max_num_seqs,
         "prefix_cache": engine.prefix_cache,
         "threads": engine.threads,
+        "tp": engine.tp,
         "chunked_prefill": engine.chunked_prefill,
         "deterministic": deterministic,
         "hf_overrides": _rope(model),

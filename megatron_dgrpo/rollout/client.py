@@ -89,12 +89,14 @@ class EngineClient:
         names: Sequence[str],
         offsets: Sequence[int],
         checksums: Sequence[int] = (),
+        rows: Sequence[tuple[int, int]] = (),
         *,
         deadline_s: float = _SHORT_S,
     ) -> int:
-        """Tell the engine that these tensors lie in the file. Returns what `bucket_loaded` needs."""
+        """Tell the engine that these tensors, or rows of them, lie in the file. Returns what `bucket_loaded` needs."""
         call = self._open()
-        self._send(m.LoadBucket(call, tuple(names), tuple(offsets), tuple(checksums)), deadline_s)
+        columns = [tuple(column) for column in zip(*rows, strict=True)]
+        self._send(m.LoadBucket(call, tuple(names), tuple(offsets), tuple(checksums), *columns), deadline_s)
         self._buckets.add(call)
         return call
 

@@ -27,7 +27,7 @@ from megatron_dgrpo.rollout.vllm_plugin import HOST_ENV
 from megatron_dgrpo.rollout.wire import parse_address
 
 _ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in this process, so nothing of it can be orphaned
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in this process; so does its model, at tp=1
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the default asserts where there is one NUMA node
     "VLLM_CPU_CI_ENV": "1",  # no warm-up of vLLM's own
     "VLLM_NO_USAGE_STATS": "1",
@@ -46,6 +46,7 @@ def serve(
     max_num_seqs: int,
     prefix_cache: bool,
     threads: int,
+    tp: int = 1,
     chunked_prefill: int | None = None,
     deterministic: bool = False,
     hf_overrides: dict[str, Any] | None = None,
@@ -66,6 +67,7 @@ def serve(
         max_num_seqs=max_num_seqs,
         prefix_cache=prefix_cache,
         threads=threads,
+        tp=tp,
         chunked_prefill=chunked_prefill,
         deterministic=deterministic,
         hf_overrides=hf_overrides,

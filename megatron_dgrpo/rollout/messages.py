@@ -220,12 +220,14 @@ class BeginUpdate:
 @register
 @dataclass(frozen=True)
 class LoadBucket:
-    """These tensors lie in the file now. `Done` says that the file's part may be overwritten."""
+    """These tensors, or rows of them, lie in the file now. `Done` says that the file's part may be overwritten."""
 
     call: int
     names: tuple[str, ...]
     offsets: tuple[int, ...]
     checksums: tuple[int, ...]  # one for each name, or none at all
+    starts: tuple[int, ...] = ()  # the first row of each, or none at all: whole tensors
+    stops: tuple[int, ...] = ()  # the row after the last
 
 
 @register

@@ -205,6 +205,7 @@ class Run:
                 num_ranks=self.groups.grid.size,
                 clients=(self.engines.client(engine),) if self.engines else (),
                 bucket_bytes=settings.bucket_bytes,
+                checksums=settings.checksums,
                 shm_prefix=self.shm_prefix,
                 deadline_s=settings.start_timeout_s + settings.request_timeout_s,
             )

@@ -172,7 +172,7 @@ def test_unknown_keys_name_the_nearest(good: Path) -> None:
         "the keys here are lr, warmup_steps, betas, eps, weight_decay, clip_grad"
     )
     assert only(good, "lr=1") == "lr: unknown key; it belongs at stages.N.optimizer.lr"
-    assert only(good, "tp=1") == "tp: unknown key; it belongs at models.NAME.layout.tp"
+    assert only(good, "tp=1") == "tp: unknown key; it belongs at models.NAME.layout.tp or at engines.NAME.tp"
     assert only(good, "stages.1.batch_size=1") == (
         "stages.1.batch_size: unknown key; it belongs at stages.N.batch_size of kind sft"
     )
