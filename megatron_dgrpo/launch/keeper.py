@@ -61,8 +61,8 @@ class Keeper:
         if kept is None or kept.child is not child:
             return ""
         words = f" Rank 0 had it ended: {kept.words}." if kept.words else ""
-        if not kept.served and not kept.ends:
-            return f"{words} It had not served yet."
+        if not kept.served:
+            return f"{words} It had not served yet, so that another one would end like it."
         times = max(0, len(kept.ends) - 1)
         return f"{words} It had been started again {times} times within an hour (max_restarts={kept.max_restarts})."
 
