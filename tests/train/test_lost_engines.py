@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import os
+import secrets
+import shutil
 import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -15,6 +20,7 @@ import pytest
 from test_loop import _alive, _config, _descendants, _named, _wait, _write
 
 from megatron_dgrpo.config.loader import load
+from megatron_dgrpo.errors import ConfigError
 from megatron_dgrpo.launch.run import train
 from megatron_dgrpo.observe.metrics import read_metrics
 
