@@ -24,6 +24,8 @@ from megatron_dgrpo.errors import ConfigError
 from megatron_dgrpo.launch.run import train
 from megatron_dgrpo.observe.metrics import read_metrics
 
+pytestmark = pytest.mark.long
+
 
 def _long_batches(config: dict[str, Any], **engine: Any) -> dict[str, Any]:
     """One dGRPO stage on two ranks whose batches take long enough to be caught in the middle."""
@@ -70,7 +72,6 @@ def calm(files: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str
     return _run(files, tmp_path_factory.mktemp("calm") / "run")
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_run_goes_on_when_its_engine_is_lost_in_a_batch(
     files: Path, calm: list[dict[str, Any]], tmp_path: Path, number: int, capfd: pytest.CaptureFixture[str]
@@ -187,7 +188,6 @@ def _other_model(files: Path) -> str:
     return str(folder)
 
 
-@pytest.mark.long
 def test_an_engine_elsewhere_ends_with_a_trainer_that_is_killed(elsewhere: Elsewhere, tmp_path: Path) -> None:
     config = elsewhere.config | {"run_dir": str(tmp_path / "run")}
     config["stages"] = [config["stages"][0] | {"steps": 100_000}]
