@@ -68,12 +68,13 @@ class Batch:
 
     # ---- asking ----
 
-    def _ask(self, wanted: Mapping[str, Sequence[int]]) -> None:
-        """Ask for these samples of these prompts; of whom else, should one be lost over it."""
-        waiting = [dict(wanted)]
+    def _ask(self, wanted: Mapping[str, Sequence[int]], only: Replica | None = None) -> None:
+        """Ask for these samples of these prompts, of one replica or of all; once more, should one be lost over it."""
+        whole, waiting = self._pool.whole_again, [(dict(wanted), only)]
         while waiting:
-            asked = waiting.pop()
-            replicas = self._pool.serving(all_of_them=self._pool.whole_again)
+            asked, only = waiting.pop()
+            serving = self._pool.serving(all_of_them=whole)
+            replicas = [only] if only is not None else serving
             for replica, share in zip(replicas, self._shares(asked, replicas), strict=True):
                 if not share:
                     continue
@@ -84,7 +85,7 @@ class Batch:
                 except ConnectionLost as error:
                     self._pool.note(f"{replica.name} is lost: {error}")
                     replica.lose(client, str(error))
-                    waiting.append(share)
+                    waiting.append((share, replica if whole else None))
 
     def _part(self, replica: Replica, client: EngineClient, share: dict[str, Sequence[int]]) -> _Part:
         requests = [
@@ -155,7 +156,7 @@ class Batch:
         self._pool.note(
             f"{part.replica.name} is lost in the middle of a batch: {count} samples are asked again ({why})"
         )
-        self._ask(again)
+        self._ask(again, part.replica if self._pool.whole_again else None)
 
 
 class _Part:
