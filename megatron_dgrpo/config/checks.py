@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dgrpo.config import stages
+from megatron_dgrpo.config.data import ROW_FILES, SAVED_DATASET, Dataset
+from megatron_dgrpo.config.data import problems as data_problems
 from megatron_dgrpo.config.explain import nearest
 from megatron_dgrpo.config.objective import problems as objective_problems
-from megatron_dgrpo.config.schema import Config, Engine
+from megatron_dgrpo.config.schema import SFT, Config, Engine
 from megatron_dgrpo.config.stages import dgrpo_stages, samplers
 from megatron_dgrpo.errors import ConfigError, listing
 
@@ -37,7 +39,7 @@ def check_files(config: Config) -> None:
 def problems(config: Config) -> list[str]:
     """What is contradictory; touches nothing outside the config."""
     rules: tuple[Callable[[Config], Iterator[str]], ...] = (
-        _numbers, _model_names, _layouts, _teachers, _engines, _objectives, stages.rewards, stages.batches,
+        _numbers, _model_names, _layouts, _teachers, _engines, _data, _objectives, stages.rewards, stages.batches,
         stages.lengths,
     )  # fmt: skip
     return [problem for rule in rules for problem in rule(config)]
@@ -137,6 +139,15 @@ def _teachers(config: Config) -> Iterator[str]:
                 f"{path}: all rewards have weight 0 and objective.beta is 0, so that nothing is learnt; "
                 "give a reward a weight, or beta a value above 0"
             )
+
+
+def _data(config: Config) -> Iterator[str]:
+    for i, stage in enumerate(config.stages):
+        yield from data_problems(f"stages.{i}.data", stage.data, needs_answer=isinstance(stage, SFT))
+    if config.evaluation is not None:
+        yield from data_problems("evaluation.data", config.evaluation.data)
+        if config.evaluation.data.mixture or config.evaluation.data.streaming:
+            yield "evaluation.data: takes the first rows of one source; name one, without streaming"
 
 
 def _objectives(config: Config) -> Iterator[str]:
@@ -275,15 +286,31 @@ def _vocabulary(folder: Path) -> dict[int, str] | None:
 
 
 def _datasets(config: Config) -> Iterator[str]:
-    named = [(f"stages.{i}.data.path", stage.data.path) for i, stage in enumerate(config.stages)]
-    named += [("evaluation.data.path", config.evaluation.data.path)] if config.evaluation else []
-    for where, path in named:
-        file = Path(path)
-        if not file.is_file():
-            what = "is no file" if file.exists() else "does not exist"
-            yield f"{where}: {file} {what} (looked from {Path.cwd()}); give a JSON-lines file"
-        elif file.stat().st_size == 0:
-            yield f"{where}: {file} is empty; give a file with a row a line"
+    for where, data in _data_sections(config):
+        for number, source in enumerate(data.sources):
+            if source.path is not None:
+                place = f"{where}.mixture.{number}.path" if data.mixture else f"{where}.path"
+                yield from (f"{place}: {problem}" for problem in _rows_problems(Path(source.path)))
+
+
+def _rows_problems(path: Path) -> Iterator[str]:
+    if path.is_dir():
+        if not any(file.suffix in ROW_FILES or file.name in SAVED_DATASET for file in path.rglob("*")):
+            yield (
+                f"{path} has no file that ends in {' or '.join(ROW_FILES)}, and is no folder that the library datasets "
+                "has saved; give one of these"
+            )
+    elif not path.exists():
+        yield f"{path} does not exist (looked from {Path.cwd()}); give a file that ends in {' or '.join(ROW_FILES)}"
+    elif path.suffix not in ROW_FILES:
+        yield f"{path} ends in none of {', '.join(ROW_FILES)}; name a file of one of these kinds, or a folder"
+    elif path.stat().st_size == 0:
+        yield f"{path} is empty; give a file with a row at least"
+
+
+def _data_sections(config: Config) -> list[tuple[str, Dataset]]:
+    found = [(f"stages.{i}.data", stage.data) for i, stage in enumerate(config.stages)]
+    return found + ([("evaluation.data", config.evaluation.data)] if config.evaluation else [])
 
 
 _BEFORE_THE_FIRST_STEP = ("config.yaml", "logs")

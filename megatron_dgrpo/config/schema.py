@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from megatron_dgrpo.config.data import Dataset
 from megatron_dgrpo.config.frozen import Frozen
 from megatron_dgrpo.config.objective import Objective
 
@@ -163,17 +164,6 @@ class Adam(Frozen):
     weight_decay: NonNegativeFloat = 0.01
     clip_grad: PositiveFloat = 1.0
     """Largest norm of the whole gradient."""
-
-
-class Dataset(Frozen):
-    """Rows of a JSON-lines file."""
-
-    path: str
-    """The file."""
-    prompt: str = "prompt"
-    """Field of the prompt's text."""
-    answer: str = "answer"
-    """Field of the reference answer: SFT's target, and what rewards compare with."""
 
 
 class Sampling(Frozen):

@@ -1,54 +1,51 @@
 """A JSON-lines file, read by line without holding it in memory.
 
-The first pass reads every line once, lists everything that is wrong with any of them, and keeps where each line starts.
-Later reads seek. A file that changes in between is refused rather than read at offsets that no longer hold.
+The first pass reads every line once, lists everything that is wrong with any of them, and keeps where each good line
+lies. Later reads seek. A file that changes in between is refused rather than read at offsets that no longer hold.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_dgrpo.errors import DataError, listing
-
-MAX_LISTED = 20
-"""Bad rows that an error lists; the others are counted."""
+from megatron_dgrpo.data.bad_rows import BadRows
+from megatron_dgrpo.data.rows import kind
+from megatron_dgrpo.errors import DataError
 
 
 class JsonLines:
-    """Objects of a file by their index. Each must have the text fields asked for, and none of them empty."""
+    """Objects of a file by their index. `check` says what is wrong with one; those without a problem are kept, and what
+    became of the others is in `bad`."""
 
-    def __init__(self, path: str | Path, text_fields: Sequence[str]) -> None:
+    def __init__(self, path: str | Path, check: Callable[[dict[str, Any]], list[str]]) -> None:
         self.path = Path(path)
-        self._text_fields = tuple(dict.fromkeys(text_fields))
+        self._check = check
         with self._open() as file:
             self._identity = _identity(file)
-        offsets, problems, num_bad = [], [], 0
+        self.bad = BadRows(str(self.path), "line")
+        numbers, starts, ends = [], [], []
         for number, start, line in self._scan():
-            offsets.append(start)
-            wrong = self._problems(line)
-            num_bad += bool(wrong)
-            if wrong and num_bad <= MAX_LISTED:
-                problems.append(f"line {number} {', '.join(wrong)}")
-        if not offsets:
-            raise DataError(f"{self.path} is empty: it needs one JSON object per line, with {self._wanted()}")
-        if num_bad:
-            title = f"{num_bad} of {len(offsets)} rows of {self.path} can't be used; a line is one JSON object with "
-            title += f"{self._wanted()}:"
-            more = [f"and {num_bad - MAX_LISTED} more"] if num_bad > MAX_LISTED else []
-            raise DataError(listing(title, problems + more))
-        self._offsets = np.asarray([*offsets, self._identity[0]], np.int64)
+            if wrong := self._problems(line):
+                self.bad.add(number, wrong)
+                continue
+            numbers.append(number)
+            starts.append(start)
+            ends.append(start + len(line))
+        self.bad.num_good = len(numbers)
+        self.numbers = np.asarray(numbers, np.int64)
+        """The line of each row, from 1."""
+        self._starts, self._ends = np.asarray(starts, np.int64), np.asarray(ends, np.int64)
 
     def __len__(self) -> int:
-        return len(self._offsets) - 1
+        return len(self.numbers)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """The object on line `index + 1`."""
         if not 0 <= index < len(self):
             raise IndexError(f"{self.path} has {len(self)} rows and no row {index}")
         with self._open() as file:
@@ -56,11 +53,8 @@ class JsonLines:
                 raise DataError(
                     f"{self.path} has changed since it was first read: start again, and keep it as it is during a run"
                 )
-            file.seek(int(self._offsets[index]))
-            return json.loads(file.read(int(self._offsets[index + 1] - self._offsets[index])))
-
-    def _wanted(self) -> str:
-        return f"text in the fields {', '.join(map(repr, self._text_fields))}"
+            file.seek(int(self._starts[index]))
+            return json.loads(file.read(int(self._ends[index] - self._starts[index])))
 
     def _open(self) -> Any:
         try:
@@ -90,30 +84,10 @@ class JsonLines:
             )
             return [f"is not valid JSON ({where}){torn}"]
         if not isinstance(row, dict):
-            return [f"is a JSON {_kind(row)}, not an object"]
-        return [wrong for name in self._text_fields if (wrong := _field_problem(row, name))]
+            return [f"is a JSON {kind(row)}, not an object"]
+        return self._check(row)
 
 
 def _identity(file: Any) -> tuple[int, int]:
     found = os.fstat(file.fileno())
     return found.st_size, found.st_mtime_ns
-
-
-def _field_problem(row: dict[str, Any], name: str) -> str | None:
-    if name not in row:
-        return f"has no field {name!r} (it has {', '.join(map(repr, row)) or 'none'})"
-    value = row[name]
-    if not isinstance(value, str):
-        return f"has a {_kind(value)} in the field {name!r}, not text"
-    if not value:
-        return f"has nothing in the field {name!r}"
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        return f"has half of a surrogate pair in the field {name!r}, which is no text"
-    return None
-
-
-def _kind(value: Any) -> str:
-    names = {bool: "boolean", int: "number", float: "number", str: "string", list: "list", dict: "object"}
-    return names.get(type(value), "null")

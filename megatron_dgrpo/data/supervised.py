@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from megatron_dgrpo.data.dataset import PromptRow
+from megatron_dgrpo.data.chat import prompt_ids
+from megatron_dgrpo.data.rows import PromptRow
 from megatron_dgrpo.data.tokenizer import Tokenizer
 from megatron_dgrpo.errors import DataError
 from megatron_dgrpo.packing.trajectory import Segment, Trajectory
 
 
 def example(row: PromptRow, tokenizer: Tokenizer) -> Trajectory:
-    prompt = tokenizer.encode_prompt(row.prompt)
+    prompt = prompt_ids(tokenizer, row)
     if not prompt:
         raise DataError(f"{row.name}: the prompt has no tokens, and the answer's first token needs one before it")
     answer = np.asarray([*tokenizer.encode(row.answer), tokenizer.eos_id], np.int32)

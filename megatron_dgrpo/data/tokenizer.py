@@ -39,6 +39,7 @@ class Tokenizer:
         self.eos_ids = self._find_eos_ids()
         """Any of these ends a response. The first is what supervised answers end with."""
         self._special = frozenset(fast.all_special_ids) - {fast.unk_token_id}
+        self._special_strings = {t.content: i for i, t in fast.added_tokens_decoder.items() if t.special}
         self.num_ids = 1 + max(self._backend.get_vocab(with_added_tokens=True).values())
         """One more than the largest id: a model's vocabulary must have at least so many rows."""
 
@@ -81,6 +82,27 @@ class Tokenizer:
 
     def encode_prompt(self, text: str) -> list[int]:
         return [*self.prefix, *self.encode(text)]
+
+    @property
+    def special_strings(self) -> dict[str, int]:
+        """The text of every special token, as templates write it, and its id."""
+        return dict(self._special_strings)
+
+    def render_chat(self, conversation: list[dict[str, str]], settings: dict[str, Any]) -> str:
+        """A conversation as the folder's chat template has it, up to where the assistant's words begin."""
+        if not self._fast.chat_template:
+            raise DataError(
+                f"the tokenizer in {self.folder} has no chat template: copy chat_template.jinja of the model it comes "
+                "from, or set chat=false"
+            )
+        try:
+            return self._fast.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True, **settings)
+        except Exception as error:  # a template's own words, or jinja's about a broken one
+            raise DataError(f"the chat template in {self.folder} can't render a conversation ({error})") from error
+
+    def encode_template(self, text: str) -> list[int]:
+        """The ids of what a template has rendered: its special tokens are special."""
+        return self._fast(text, add_special_tokens=False, split_special_tokens=False, verbose=False)["input_ids"]
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
         """The text of a response: the token that ended it left out, any other special token shown as it is written."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from megatron_dgrpo.config.checks import check_files
@@ -64,8 +65,11 @@ def _check_data(supervisor: Supervisor, resolved: Path) -> None:
     answer = supervisor.private_dir / "problems"
     arguments = {"config_path": str(resolved), "answer_path": str(answer)}
     supervisor.run_check("megatron_dgrpo.train.checks:main", arguments, timeout_s=_CHECK_S)
-    if problems := answer.read_text(encoding="utf-8"):
-        raise ConfigError(problems)
+    found = json.loads(answer.read_text(encoding="utf-8"))
+    if found["problems"]:
+        raise ConfigError(found["problems"])
+    for note in found["notes"]:
+        print(note, flush=True)
 
 
 def used_engines(config: Config) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from megatron_dgrpo.data.dataset import PromptRow
+from megatron_dgrpo.data.rows import PromptRow
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_dgrpo.config import schema
-from megatron_dgrpo.data.dataset import PromptRow
+from megatron_dgrpo.data.rows import PromptRow
 from megatron_dgrpo.errors import ConfigError, RewardError, listing
 from megatron_dgrpo.rewards.base import Reward, Sample
 from megatron_dgrpo.rewards.exact_match import ExactMatch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,24 +11,28 @@ from megatron_dgrpo.config.loader import load
 from megatron_dgrpo.config.schema import DGRPO, SFT, Config
 from megatron_dgrpo.config.stages import micro_batch_room
 from megatron_dgrpo.data.compatibility import check_fits, check_same
-from megatron_dgrpo.data.dataset import read_rows
+from megatron_dgrpo.data.dataset import Rows
 from megatron_dgrpo.data.lengths import check_lengths
 from megatron_dgrpo.data.tokenizer import Tokenizer
 from megatron_dgrpo.errors import ConfigError, DGRPOError, listing
 
 
 def main(*, config_path: str, answer_path: str) -> None:
-    """Target of the supervisor: leaves the problems, or nothing, in a file."""
+    """Target of the supervisor: leaves the problems, and what else there is to say, in a file."""
+    answer: dict[str, object] = {"problems": "", "notes": []}
     try:
-        check_data(load(config_path))
-        problems = ""
+        answer["notes"] = check_data(load(config_path))
     except ConfigError as error:
-        problems = str(error)
-    Path(answer_path).write_text(problems, encoding="utf-8")
+        answer["problems"] = str(error)
+    Path(answer_path).write_text(json.dumps(answer), encoding="utf-8")
 
 
-def check_data(config: Config) -> None:
-    """Tokenizers are one and fit their models; every row is readable and short enough. All problems in one error."""
+def check_data(config: Config) -> list[str]:
+    """Tokenizers are one and fit their models; every row is readable and short enough. All problems in one error.
+
+    Returns what was left out or not looked at.
+    """
+    notes: list[str] = []
     names = dict.fromkeys([config.student, *(teacher.model for teacher in config.teachers)])
     problems: list[str] = []
 
@@ -46,33 +51,45 @@ def check_data(config: Config) -> None:
             vocab_size = read_spec(config.models[name].path).vocab_size
             attempt(lambda n=name, t=tokenizer, v=vocab_size: check_fits(n, t, v))  # type: ignore[misc]
         for number in range(len(config.stages)):
-            attempt(lambda i=number: _check_stage(config, i, tokenizers[config.student]))  # type: ignore[misc]
-        attempt(lambda: _check_evaluation(config, tokenizers[config.student]))
+            attempt(lambda i=number: _check_stage(config, i, tokenizers[config.student], notes))  # type: ignore[misc]
+        attempt(lambda: _check_evaluation(config, tokenizers[config.student], notes))
     if problems:
         raise ConfigError(listing("The data can't be used as they are:", problems))
+    return notes
 
 
-def _check_stage(config: Config, number: int, tokenizer: Tokenizer) -> None:
+def _check_stage(config: Config, number: int, tokenizer: Tokenizer, notes: list[str]) -> None:
     stage = config.stages[number]
     match stage:
         case SFT():
-            if stage.on_overlong == "drop":
-                return
             limit, setting, response = micro_batch_room(config, number), f"stages.{number}.micro_batch_tokens", None
         case DGRPO():
             limit, setting = config.engines[stage.engine].max_model_len, f"engines.{stage.engine}.max_model_len"
             response = stage.sampling.max_tokens
-    check_lengths(read_rows(stage.data), tokenizer, limit=limit, setting=setting, response_tokens=response)
+    for source in stage.data.sources:
+        if source.streaming:
+            notes.append(f"stages.{number}.data: {source.where} is a stream: its rows are checked as they come")
+            continue
+        rows = Rows(source, needs_answer=isinstance(stage, SFT))
+        if rows.bad.count:
+            notes.append(f"stages.{number}.data: {rows.bad.summary()}")
+        if stage.on_overlong == "error":
+            lengths = {"limit": limit, "setting": setting, "response_tokens": response}
+            unchecked = check_lengths(rows, tokenizer, **lengths)  # type: ignore[arg-type]
+            if unchecked:
+                notes.append(f"stages.{number}.data: the lengths of {unchecked} long rows were not checked")
 
 
-def _check_evaluation(config: Config, tokenizer: Tokenizer) -> None:
+def _check_evaluation(config: Config, tokenizer: Tokenizer, notes: list[str]) -> None:
     settings = config.evaluation
     if settings is None:
         return
-    rows = read_rows(settings.data)
+    rows = Rows(settings.data)
+    if rows.bad.count:
+        notes.append(f"evaluation.data: {rows.bad.summary()}")
     if len(rows) < settings.num_prompts:
         raise ConfigError(
-            f"evaluation.num_prompts: {settings.data.path} has {len(rows)} rows; set it to {len(rows)} or less"
+            f"evaluation.num_prompts: {settings.data.where} has {len(rows)} rows; set it to {len(rows)} or less"
         )
     engine = config.engines[settings.engine]
     check_lengths(

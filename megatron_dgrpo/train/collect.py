@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from megatron_dgrpo.config.schema import Reward, Sampling
-from megatron_dgrpo.data.dataset import PromptRow
+from megatron_dgrpo.data.chat import prompt_ids
+from megatron_dgrpo.data.rows import PromptRow
 from megatron_dgrpo.errors import RolloutError, listing
 from megatron_dgrpo.observe.timers import Phases
 from megatron_dgrpo.packing.trajectory import Segment, Trajectory
@@ -48,7 +49,7 @@ def collect(
 def _request(run: Run, row: PromptRow, sampling: Sampling, num_samples: int, seed: int, step: int) -> GenerateRequest:
     return GenerateRequest(
         prompt_id=row.name,
-        prompt_tokens=np.asarray(run.tokenizer.encode_prompt(row.prompt), np.int32),
+        prompt_tokens=np.asarray(prompt_ids(run.tokenizer, row), np.int32),
         seeds=tuple(sample_seed(seed, step, row.name, sample) for sample in range(num_samples)),
         max_tokens=sampling.max_tokens,
         temperature=sampling.temperature,

@@ -11,7 +11,6 @@ import numpy as np
 from megatron_dgrpo.algorithms.build import dgrpo_loss, dgrpo_streams, head_options
 from megatron_dgrpo.algorithms.factors import Factors
 from megatron_dgrpo.config.schema import DGRPO
-from megatron_dgrpo.data.dataset import PromptSource
 from megatron_dgrpo.observe.silence import SilentSteps
 from megatron_dgrpo.observe.timers import Phases
 from megatron_dgrpo.packing.trajectory import Trajectory, by_prompts
@@ -25,7 +24,7 @@ from megatron_dgrpo.train.update import Work, compute_gradients, old_logprobs
 
 def run_dgrpo(run: Run, stage: DGRPO, number: int) -> None:
     student = run.trained
-    prompts = PromptSource(stage.data, seed=run.config.seed + number)
+    prompts = run.prompts(stage, number)
     factors = Factors(stage.objective, dgrpo_loss(stage.objective)[0])
     silent = SilentSteps()
     student.start_optimizer(stage.optimizer)
@@ -37,7 +36,7 @@ def run_dgrpo(run: Run, stage: DGRPO, number: int) -> None:
         trajectories = collect(
             run,
             stage.engine,
-            prompts.take(step - 1, stage.prompts_per_step),
+            prompts.take(stage.prompts_per_step),
             sampling=stage.sampling,
             num_samples=stage.group_size,
             rewards=stage.rewards,
@@ -45,7 +44,7 @@ def run_dgrpo(run: Run, stage: DGRPO, number: int) -> None:
             step=step,
             phases=phases,
         )
-        facts = _facts(trajectories, totals(trajectories, stage.rewards))
+        facts = _facts(trajectories, totals(trajectories, stage.rewards)) | prompts.facts()
         with phases("pack"):
             trajectories = run.fitting(trajectories, stage, facts)
             shares = by_prompts(trajectories, stage.updates_per_batch)

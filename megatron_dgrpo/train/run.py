@@ -16,8 +16,10 @@ import torch.distributed as dist
 
 from megatron_dgrpo.checkpoint.hf.exporter import export_folder, export_shards, manifest
 from megatron_dgrpo.checkpoint.hf.families import read_spec
-from megatron_dgrpo.config.schema import Config, Model, Stage
-from megatron_dgrpo.data.dataset import PromptRow, read_rows
+from megatron_dgrpo.config.schema import SFT, Config, Model, Stage
+from megatron_dgrpo.data.chat import prompt_ids
+from megatron_dgrpo.data.dataset import PromptSource, Rows
+from megatron_dgrpo.data.rows import PromptRow
 from megatron_dgrpo.data.tokenizer import Tokenizer
 from megatron_dgrpo.errors import RolloutError, TransferError, listing
 from megatron_dgrpo.model.flops import training_cost
@@ -78,7 +80,18 @@ class Run:
     def heldout(self) -> list[PromptRow]:
         """The evaluation's prompts."""
         settings = self.config.evaluation
-        return read_rows(settings.data)[: settings.num_prompts] if settings else []
+        return Rows(settings.data)[: settings.num_prompts] if settings else []
+
+    def prompts(self, stage: Stage, number: int) -> PromptSource:
+        """A stage's rows, in the order in which it takes them. Of a mixture, a row counts with the tokens of its prompt
+        and of the answer that is learnt."""
+        learns = isinstance(stage, SFT)
+
+        def num_tokens(row: PromptRow) -> int:
+            return len(prompt_ids(self.tokenizer, row)) + (len(self.tokenizer.encode(row.answer)) + 1 if learns else 0)
+
+        count = num_tokens if stage.data.mixture else lambda row: 1
+        return PromptSource(stage.data, seed=self.config.seed + number, num_tokens=count, needs_answer=learns)
 
     @property
     def trained(self) -> Student:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from megatron_dgrpo.algorithms.build import sft_loss, sft_streams
 from megatron_dgrpo.config.schema import SFT
-from megatron_dgrpo.data.dataset import PromptSource
 from megatron_dgrpo.data.supervised import example
 from megatron_dgrpo.observe.timers import Phases
 from megatron_dgrpo.packing.trees import documents
@@ -14,7 +13,7 @@ from megatron_dgrpo.train.update import Work, compute_gradients
 
 
 def run_sft(run: Run, stage: SFT, number: int) -> None:
-    rows = PromptSource(stage.data, seed=run.config.seed + number)
+    rows = run.prompts(stage, number)
     student = run.trained
     loss, factors = sft_loss()
     student.start_optimizer(stage.optimizer)
@@ -22,8 +21,8 @@ def run_sft(run: Run, stage: SFT, number: int) -> None:
     for step in range(1, stage.steps + 1):
         phases = Phases()
         with phases("pack"):
-            examples = [example(row, run.tokenizer) for row in rows.take(step - 1, stage.batch_size)]
-            facts: dict[str, float] = {}
+            examples = [example(row, run.tokenizer) for row in rows.take(stage.batch_size)]
+            facts = rows.facts()
             examples = run.fitting(examples, stage, facts)
             batch = sft_streams(examples)
             layouts = run.micro_batches(documents(examples), stage.micro_batch_tokens)

@@ -324,11 +324,20 @@ def test_tokenizers_of_other_forms_are_compared_by_their_bytes(folder: Path) -> 
     assert "cannot be compared" in problem
 
 
+PLACES = ("stages.0.data", "stages.1.data", "evaluation.data")
+
+
 def test_data_that_is_no_file(folder: Path) -> None:
     (folder / "data" / "train.jsonl").write_text("")
     assert all("is empty" in problem for problem in file_problems(spoilt()))
     (problem,) = file_problems(spoilt(("stages", data()["stages"]), ("stages.0.data.path", "data")))[:1]
-    assert problem.startswith("stages.0.data.path: data is no file")
+    assert problem.startswith("evaluation.data.path: data/train.jsonl is empty")
+    (folder / "data" / "train.jsonl").rename(folder / "data" / "train.txt")
+    assert "does not exist" in file_problems(spoilt())[0]
+    (problem,) = file_problems(spoilt(*[(f"{place}.path", "data/train.txt") for place in PLACES]))[:1]
+    assert "data/train.txt ends in none of .jsonl, .parquet" in problem
+    (problem,) = file_problems(spoilt(*[(f"{place}.path", "data") for place in PLACES]))[:1]
+    assert problem.startswith("stages.0.data.path: data has no file that ends in .jsonl or .parquet")
 
 
 def test_run_dir(folder: Path) -> None:

@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dgrpo.data.jsonl import MAX_LISTED, JsonLines
+from megatron_dgrpo.config.data import Source
+from megatron_dgrpo.data.bad_rows import MAX_LISTED
+from megatron_dgrpo.data.jsonl import JsonLines
+from megatron_dgrpo.data.rows import row_problems
 from megatron_dgrpo.errors import DataError
 
 GOOD = b'{"prompt": "a", "answer": "b"}\n'
@@ -13,12 +16,12 @@ GOOD = b'{"prompt": "a", "answer": "b"}\n'
 
 def lines(path: Path, content: bytes) -> JsonLines:
     path.write_bytes(content)
-    return JsonLines(path, ("prompt", "answer"))
+    return JsonLines(path, lambda row: row_problems(Source(path=str(path)), row))
 
 
 def refusal(path: Path, content: bytes) -> str:
     with pytest.raises(DataError) as caught:
-        lines(path, content)
+        lines(path, content).bad.refuse("one JSON object")
     return str(caught.value)
 
 
@@ -79,10 +82,16 @@ def test_several_problems_of_one_line_are_all_said(tmp_path: Path) -> None:
 
 
 def test_an_empty_file_a_missing_one_and_a_folder(tmp_path: Path) -> None:
-    assert "is empty" in refusal(tmp_path / "d", b"")
+    assert len(lines(tmp_path / "d", b"")) == 0
     for path in (tmp_path / "none", tmp_path):
         with pytest.raises(DataError, match="can't be read"):
-            JsonLines(path, ("prompt",))
+            JsonLines(path, lambda row: [])
+
+
+def test_good_rows_between_bad_ones_keep_their_lines(tmp_path: Path) -> None:
+    found = lines(tmp_path / "d", b"{}\n" + GOOD + b"\n" + b'{"prompt": "c", "answer": "d"}\n' + GOOD[:-4])
+    assert found.numbers.tolist() == [2, 4] and [row["prompt"] for row in (found[0], found[1])] == ["a", "c"]
+    assert (found.bad.count, found.bad.num_good) == (3, 2)
 
 
 def test_a_file_that_changes_is_refused(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_dgrpo.data.dataset import PromptRow
+from megatron_dgrpo.data.rows import PromptRow
 from megatron_dgrpo.data.supervised import example
 from megatron_dgrpo.data.tokenizer import Tokenizer
 from megatron_dgrpo.errors import DataError

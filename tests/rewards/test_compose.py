@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from megatron_dgrpo.config import schema
-from megatron_dgrpo.data.dataset import PromptRow
+from megatron_dgrpo.data.rows import PromptRow
 from megatron_dgrpo.errors import ConfigError, RewardError
 from megatron_dgrpo.rewards.base import Sample
 from megatron_dgrpo.rewards.compose import Rewards

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_dgrpo.data.dataset import PromptRow
+from megatron_dgrpo.data.rows import PromptRow
 from megatron_dgrpo.rewards.base import Sample
 from megatron_dgrpo.rewards.exact_match import ExactMatch
 

@@ -192,6 +192,7 @@ def supervise(
         run.watch()
 
 
+@pytest.mark.long
 def test_an_engine_that_is_killed_or_hangs_in_a_batch_comes_back_with_the_current_weights(
     untied_folders, tmp_path, capsys
 ):
