@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import pytest
 from test_loop import _config, _write
 
 from megatron_dgrpo.config.loader import load
@@ -69,6 +70,7 @@ def push(rank: int, world_size: int, config_path: str, dies: bool) -> dict[str, 
     return found
 
 
+@pytest.mark.long
 def test_a_push_is_made_again_when_the_engine_is_back_and_only_then(files: Path, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = f"tcp:127.0.0.1:{listener.getsockname()[1]}"
