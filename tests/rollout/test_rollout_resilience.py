@@ -60,7 +60,7 @@ class Trainer:
             "student",
             [Replica(n, a, key, Control(control, key)) for n, a in zip(names, addresses, strict=True)],
             expected("engines.student", folders[0], VOCAB, CONTEXT, "float32"),
-            start_timeout_s=90,
+            start_timeout_s=240,
             hang_timeout_s=HANG_S,
             restore=lambda: self.push(everywhere=False),
             note=self.notes.append,
