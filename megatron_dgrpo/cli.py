@@ -59,6 +59,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.set_defaults(run=_train)
 
+    report = commands.add_parser(
+        "report",
+        help="one HTML page about a run: curves, times, rollouts, events",
+        description="Write one HTML page about a run, with everything in it; a run that goes on has one, too.",
+    )
+    report.add_argument("folder", metavar="RUN", type=Path, help="the run's folder (run_dir)")
+    report.add_argument("--out", metavar="FILE", type=Path, help="where to write it (RUN/report.html)")
+    report.set_defaults(run=_report)
+
     demo = commands.add_parser(
         "demo",
         help="train a tiny student by dGRPO with a real engine, in minutes on two cores",
@@ -120,6 +129,13 @@ def _engine(options: argparse.Namespace) -> int:
     from megatron_dgrpo.launch.engines import serve
 
     return serve(load(options.config, options.overrides), options.name, options.listen, options.key_file)
+
+
+def _report(options: argparse.Namespace) -> int:
+    from megatron_dgrpo.observe.report.page import write_report
+
+    print(write_report(options.folder, options.out))
+    return OK
 
 
 def _demo(options: argparse.Namespace) -> int:

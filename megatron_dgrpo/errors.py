@@ -49,6 +49,10 @@ class LaunchError(DGRPOError, RuntimeError):
     """A process could not be started, or ended when it should not have."""
 
 
+class MismatchError(DGRPOError, RuntimeError):
+    """The trainer and the engine disagree about the same tokens by more than the config allows."""
+
+
 class NonFiniteError(DGRPOError, ArithmeticError):
     """A loss, gradient or hidden state is NaN or infinite."""
 

@@ -17,6 +17,7 @@ import torch
 
 from megatron_dgrpo.algorithms.advantages import group_advantages
 from megatron_dgrpo.algorithms.aggregation import Aggregation, token_weights
+from megatron_dgrpo.algorithms.corrections import corrected
 from megatron_dgrpo.algorithms.estimators import teacher_divergence
 from megatron_dgrpo.algorithms.factors import Factors
 from megatron_dgrpo.algorithms.losses import Loss
@@ -46,7 +47,8 @@ def dgrpo_loss(objective: Objective) -> tuple[Loss, dict[str, float]]:
     """The dGRPO loss and its factors at a stage's first step (`Factors` has those of the others). With beta 0 it is
     GRPO's and asks for no teacher."""
     clips = {"clip_low": objective.clip_low, "clip_high": objective.clip_high, "dual_clip": objective.dual_clip}
-    terms: list[Term] = [ClippedSurrogate(log_ratio_clamp=objective.log_ratio_clamp, **clips)]  # type: ignore[arg-type]
+    surrogate = ClippedSurrogate(log_ratio_clamp=objective.log_ratio_clamp, **clips)  # type: ignore[arg-type]
+    terms: list[Term] = [corrected(surrogate, objective.correction)]
     if objective.uses_teacher:
         estimator = objective.estimator
         terms.append(

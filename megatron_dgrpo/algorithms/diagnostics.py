@@ -1,6 +1,6 @@
 """What to look at when the joint objective does not do what it should.
 
-- By position: each term's rows, entropy, mismatch and the teacher's mass in buckets of the token's position, because
+- By position: each term's rows, entropy and the teacher's mass in buckets of the token's position, because
   what goes wrong at 100,000 tokens is invisible in a mean over all of them.
 - Sign: the share of rows where two terms push the sampled token's logit in opposite directions, from the statistics
   alone, at every step. With l, r the log-probs of that token under student and teacher, p = e^l, q = e^r, the
@@ -77,9 +77,6 @@ def _series(
     teacher_T = getattr(statistics, "teacher_logprob_T", None)
     if teacher_T is not None:
         series["row/teacher_mass"] = (teacher_T.exp(), every_T)
-    if streams.behaviour_logprobs_N is not None:
-        trainer_T = logprob_T if streams.old_logprobs_N is None else streams.old_logprobs_N.to(logprob_T)
-        series["mismatch/abs"] = ((trainer_T - streams.behaviour_logprobs_N.to(logprob_T)).abs(), every_T)
     return series
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
 
@@ -33,7 +34,27 @@ class Max:
     value: torch.Tensor
 
 
-Metric = Mean | Sum | Max
+@dataclass(frozen=True)
+class Quantile:
+    """A quantile out of counts per bin [S], which add up; left out of the values when nothing was counted.
+
+    Bin i holds what is above lowest x exp((i - 1) step) and at most lowest x exp(i step); its upper end is the value.
+    """
+
+    counts: torch.Tensor
+    share: float
+    lowest: float
+    step: float
+
+    def value(self) -> float | None:
+        cumulative = self.counts.cumsum(0)
+        if float(cumulative[-1]) == 0.0:
+            return None
+        index = int((cumulative < self.share * cumulative[-1]).sum())
+        return self.lowest * math.exp(index * self.step)
+
+
+Metric = Mean | Sum | Max | Quantile
 
 
 def mean_of(values_T: torch.Tensor, weight_T: torch.Tensor | None = None) -> Mean:
@@ -72,6 +93,8 @@ def _add(name: str, a: Metric, b: Metric) -> Metric:
         return Sum(a.total + b.total)
     if isinstance(a, Max) and isinstance(b, Max):
         return Max(torch.maximum(a.value, b.value))
+    if isinstance(a, Quantile) and isinstance(b, Quantile):
+        return replace(a, counts=a.counts + b.counts)
     raise TypeError(f"metric {name} is a {type(a).__name__} in one place and a {type(b).__name__} in another")
 
 
@@ -87,7 +110,10 @@ def pack(metrics: Mapping[str, Metric]) -> tuple[torch.Tensor, torch.Tensor]:
                 sums.append(total)
             case Max(value):
                 maxima.append(value)
-    vector = lambda parts: torch.stack([p.double() for p in parts]) if parts else torch.zeros(0).double()  # noqa: E731
+            case Quantile(counts):
+                sums.append(counts)
+    flat = lambda parts: torch.cat([p.double().reshape(-1) for p in parts])  # noqa: E731
+    vector = lambda parts: flat(parts) if parts else torch.zeros(0).double()  # noqa: E731
     return vector(sums), vector(maxima)
 
 
@@ -103,6 +129,8 @@ def unpack(metrics: Mapping[str, Metric], sums: torch.Tensor, maxima: torch.Tens
                 unpacked[name] = Sum(next(sum_at))
             case Max():
                 unpacked[name] = Max(next(max_at))
+            case Quantile(counts) as quantile:
+                unpacked[name] = replace(quantile, counts=torch.stack(list(islice(sum_at, len(counts)))))
     return unpacked
 
 
@@ -119,4 +147,7 @@ def values(metrics: Mapping[str, Metric]) -> dict[str, float]:
             case Max(value):
                 if float(value) != -math.inf:
                     numbers[name] = float(value)
+            case Quantile() as quantile:
+                if (at := quantile.value()) is not None:
+                    numbers[name] = at
     return numbers

@@ -245,22 +245,13 @@ def policy_metrics(statistics: Statistics, streams: Streams) -> dict[str, Metric
     """What is worth knowing of the policy whatever the loss, per loss token.
 
     `policy/moved_kl` estimates KL(old || current) by exp(x) - 1 - x, x = log(pi / pi_old), on the old policy's samples.
-    `mismatch/*` compares the trainer with the rollout engine *at the same weights*: old log-probs where there are some,
-    else the live ones, against the behaviour's.
     """
     logprob_T = statistic(statistics, "logprob")
     metrics: dict[str, Metric] = {"policy/logprob": mean_of(logprob_T)}
     entropy_T = getattr(statistics, "entropy_T", None)
     if entropy_T is not None:
         metrics["policy/entropy"] = mean_of(entropy_T)
-    trainer_T = logprob_T
     if streams.old_logprobs_N is not None:
-        trainer_T = streams.old_logprobs_N.to(logprob_T)
-        log_T = logprob_T - trainer_T
+        log_T = logprob_T - streams.old_logprobs_N.to(logprob_T)
         metrics["policy/moved_kl"] = mean_of(log_T.clamp(max=20.0).exp() - 1 - log_T)
-    if streams.behaviour_logprobs_N is not None:
-        gap_T = trainer_T - streams.behaviour_logprobs_N.to(logprob_T)
-        metrics["mismatch/abs"] = mean_of(gap_T.abs())
-        metrics["mismatch/max"] = max_of(gap_T.abs())
-        metrics["mismatch/mean"] = mean_of(gap_T)
     return metrics

@@ -18,9 +18,11 @@ from megatron_dgrpo.config import stages
 from megatron_dgrpo.config.data import ROW_FILES, SAVED_DATASET, Dataset
 from megatron_dgrpo.config.data import problems as data_problems
 from megatron_dgrpo.config.explain import nearest
+from megatron_dgrpo.config.mismatch import problems as mismatch_problems
 from megatron_dgrpo.config.objective import problems as objective_problems
 from megatron_dgrpo.config.schema import SFT, Config, Engine
 from megatron_dgrpo.config.stages import dgrpo_stages, samplers
+from megatron_dgrpo.config.trackers import missing_packages
 from megatron_dgrpo.errors import ConfigError, listing
 
 _ADDRESS = re.compile(r"tcp:(\[[0-9a-fA-F:.]+\]|[^\s:]+):\d{1,5}|unix:/\S+")
@@ -40,14 +42,16 @@ def problems(config: Config) -> list[str]:
     """What is contradictory; touches nothing outside the config."""
     rules: tuple[Callable[[Config], Iterator[str]], ...] = (
         _numbers, _model_names, _layouts, _teachers, _engines, _data, _objectives, stages.rewards, stages.batches,
-        stages.lengths,
+        stages.lengths, stages.shaping,
     )  # fmt: skip
     return [problem for rule in rules for problem in rule(config)]
 
 
 def file_problems(config: Config) -> list[str]:
     """What is wrong on the disk. Relative paths are relative to the current folder."""
-    rules: tuple[Callable[[Config], Iterator[str]], ...] = (_model_folders, _tokenizers, _datasets, _run_dir)
+    rules: tuple[Callable[[Config], Iterator[str]], ...] = (
+        _model_folders, _tokenizers, _datasets, _run_dir, lambda config: missing_packages(config.trackers),
+    )  # fmt: skip
     return [problem for rule in rules for problem in rule(config)]
 
 
@@ -153,6 +157,7 @@ def _data(config: Config) -> Iterator[str]:
 def _objectives(config: Config) -> Iterator[str]:
     for path, stage in dgrpo_stages(config):
         yield from (f"{path}.objective.{problem}" for problem in objective_problems(stage.objective))
+        yield from (f"{path}.mismatch.{problem}" for problem in mismatch_problems(stage.mismatch))
 
 
 def _engines(config: Config) -> Iterator[str]:
@@ -313,7 +318,7 @@ def _data_sections(config: Config) -> list[tuple[str, Dataset]]:
     return found + ([("evaluation.data", config.evaluation.data)] if config.evaluation else [])
 
 
-_BEFORE_THE_FIRST_STEP = ("config.yaml", "logs")
+_BEFORE_THE_FIRST_STEP = ("config.yaml", "environment.json", "events.jsonl", "logs")
 """All that a run leaves that failed before it had anything to keep: it may be started again, and its logs go on."""
 
 

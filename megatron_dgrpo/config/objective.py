@@ -164,6 +164,44 @@ Divergence = Annotated[ReverseKL | ForwardKL | JSD, Field(discriminator="kind"),
 Estimator = Annotated[Exact | TopK | Sampled | K2 | K3, Field(discriminator="kind"), BeforeValidator(_estimator)]
 
 
+# ---- corrections for the engine's arithmetic; the ratio is exp(trainer's - engine's log-prob at the same weights) ----
+
+
+class Truncated(Frozen):
+    """The surrogate's tokens weigh as much as the ratio, and no more than a cap (truncated importance sampling)."""
+
+    kind: Literal["truncated"] = "truncated"
+    level: Literal["token", "sequence"] = "token"
+    """Each token's own ratio, or the product over its response."""
+    cap: Annotated[float, Field(ge=1)] = 2.0
+    """The largest weight."""
+
+
+class Masked(Frozen):
+    """The surrogate's tokens weigh as much as the ratio, and nothing where it is out of bounds (IcePop)."""
+
+    kind: Literal["masked"] = "masked"
+    low: PositiveFloat = 0.5
+    """The smallest ratio that counts."""
+    high: PositiveFloat = 5.0
+    """The largest ratio that counts."""
+
+
+class SequenceMask(Frozen):
+    """The surrogate leaves responses out whose ratio is out of bounds; the others weigh what they weighed."""
+
+    kind: Literal["sequence_mask"] = "sequence_mask"
+    ratio: Literal["geometric_mean", "product"] = "geometric_mean"
+    """Of all tokens of a response."""
+    low: PositiveFloat
+    """The smallest ratio that counts; for a geometric mean 0.99 is usual, for a product 0.5."""
+    high: PositiveFloat
+    """The largest ratio that counts; for a geometric mean 1.01 is usual, for a product 2."""
+
+
+Correction = Annotated[Truncated | Masked | SequenceMask, Field(discriminator="kind"), BeforeValidator(_kind)]
+
+
 # ---- the whole ----
 
 
@@ -203,6 +241,8 @@ class Objective(Frozen):
     """A mean over each response's tokens, then over the group, then over the prompts; over each response's tokens, then
     over all responses; or over all tokens of the batch."""
     advantages: Advantages = Advantages()
+    correction: Correction | None = None
+    """How the surrogate's tokens are weighed for what the trainer's log-probs differ from the engine's (none: not)."""
 
     @property
     def uses_teacher(self) -> bool:
@@ -244,3 +284,9 @@ def problems(objective: Objective) -> Iterator[str]:
     advantages, default = objective.advantages, Advantages()
     if advantages.kind != "std" and (advantages.std, advantages.epsilon) != (default.std, default.epsilon):
         yield f"advantages: std and epsilon belong to kind std, not to {advantages.kind}; remove them"
+    correction = objective.correction
+    if isinstance(correction, Masked | SequenceMask) and not correction.low < 1 < correction.high:
+        yield (
+            f"correction: a ratio of 1 is outside of low={correction.low:g} and high={correction.high:g}, so that what "
+            "agrees is left out; set low below 1 and high above"
+        )

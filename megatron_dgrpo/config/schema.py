@@ -11,7 +11,9 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from megatron_dgrpo.config.data import Dataset
 from megatron_dgrpo.config.frozen import Frozen
+from megatron_dgrpo.config.mismatch import Mismatch
 from megatron_dgrpo.config.objective import Objective
+from megatron_dgrpo.config.trackers import TrackerSettings
 
 DType = Literal["float32", "bfloat16", "float64"]
 
@@ -128,6 +130,9 @@ class Engine(Frozen):
     """Sequences generated at the same time."""
     prefix_cache: bool = True
     """Compute a prompt once for all of its samples."""
+    chunked_prefill: PositiveInt | None = None
+    """Compute prompts in pieces, of at most so many tokens a step for all sequences together (none: each prompt in one
+    piece, with memory for all of it)."""
     threads: PositiveInt = 1
     """CPU threads of the host, where it runs on CPU."""
     start_timeout_s: PositiveFloat = 600.0
@@ -173,6 +178,32 @@ class Sampling(Frozen):
     """Longest response, the end-of-sequence token included."""
     temperature: Annotated[float, Field(ge=0.01, le=2.0)] = 1.0
     """0.01 to 2, which is vLLM's range."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Draw from the likeliest tokens that together have this probability."""
+    top_k: NonNegativeInt = 0
+    """Draw from so many of the likeliest tokens (0: all)."""
+    min_p: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Draw from tokens at least this fraction as likely as the likeliest."""
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    """Subtracted from the logits of tokens that the response has."""
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    """Subtracted from the logits of tokens once for each time that the response has them."""
+    repetition_penalty: PositiveFloat = 1.0
+    """Divides positive logits, and multiplies negative ones, of tokens that the prompt or the response has."""
+
+    @property
+    def shaping(self) -> dict[str, float]:
+        """All that changes the distribution beside the temperature."""
+        return self.model_dump(exclude={"max_tokens", "temperature"})
+
+    @property
+    def shapes(self) -> list[str]:
+        """The settings among them that are not at their defaults, and so change something."""
+        return [
+            f"{name}={value:g}"
+            for name, value in self.shaping.items()
+            if value != type(self).model_fields[name].default
+        ]
 
 
 class Reward(Frozen):
@@ -229,11 +260,21 @@ class DGRPO(Stage):
     sampling: Sampling
     rewards: Annotated[tuple[Reward, ...], Field(min_length=1)]
     objective: Objective = Objective()
+    mismatch: Mismatch = Mismatch()
+    """What is done where the trainer's log-probs of the sampled tokens differ from the engine's."""
     preflight: bool = True
     """Before the first update, check on its batch that the teacher's signal arrives and is the right one; the cost is
     about a forward of the teacher. A failed check ends the run."""
-    diagnostics_every: NonNegativeInt = 10
+    diagnostics_every: NonNegativeInt = 50
     """Compare the norms and directions of the terms' gradients at the first step and every so many (0: never)."""
+
+
+class Rollout(Frozen):
+    """What holds for all engines."""
+
+    deterministic: bool = False
+    """The same bits for the same run on the same machine: an engine serves one batch at a time, from nothing that was
+    before it, and one that was cut short is generated again whole."""
 
 
 class Config(Frozen):
@@ -252,7 +293,10 @@ class Config(Frozen):
     """Name of the model that is trained."""
     teachers: tuple[Teacher, ...] = ()
     engines: dict[str, Engine] = {}
+    rollout: Rollout = Rollout()
     evaluation: Evaluation | None = None
+    trackers: tuple[TrackerSettings, ...] = ()
+    """Where figures go beside metrics.jsonl: tensorboard, wandb, mlflow."""
     stages: Annotated[tuple[Annotated[SFT | DGRPO, Field(discriminator="kind")], ...], Field(min_length=1)]
     """Run in order, each from the previous one's weights."""
 

@@ -85,6 +85,38 @@ def batches(config: Config) -> Iterator[str]:
             )
 
 
+def shaping(config: Config) -> Iterator[str]:
+    """Tokens of a truncated or penalised distribution, and an objective over the whole one."""
+    for path, stage in dgrpo_stages(config):
+        estimator = stage.objective.estimator
+        whole = estimator.kind in ("exact", "topk_student", "topk_teacher") or getattr(estimator, "baseline", False)
+        if stage.sampling.shapes and stage.objective.uses_teacher and whole:
+            name = "the sampled estimator's baseline" if estimator.kind == "sampled" else f"estimator {estimator.kind}"
+            yield (
+                f"{path}.sampling: {', '.join(stage.sampling.shapes)} changes the distribution that the engine samples "
+                f"from, and {name} is over the student's own, which has no such mask; remove it (evaluations may have "
+                f"it), or set {path}.objective.estimator=sampled or k2, or {path}.objective.beta=0"
+            )
+    for name, engine in config.engines.items():
+        if engine.chunked_prefill is not None and engine.chunked_prefill < engine.max_num_seqs:
+            yield (
+                f"engines.{name}.chunked_prefill: a step of {engine.chunked_prefill} tokens has no place for each of "
+                f"max_num_seqs={engine.max_num_seqs} sequences; set engines.{name}.chunked_prefill="
+                f"{engine.max_num_seqs} or more, or lower max_num_seqs"
+            )
+
+
+def shaping_note(stage: DGRPO) -> str:
+    """What a stage that samples from another distribution should know of its figures; nothing for the others."""
+    if not stage.sampling.shapes:
+        return ""
+    return (
+        f"sampling with {', '.join(stage.sampling.shapes)}: the engine's log-probs are those of that distribution, the "
+        "trainer's those of the whole one under the temperature. So mismatch/* has the difference in it (mean ratio = "
+        "the probability of what is kept), a correction weighs by it, and the policy's entropy is that of the whole"
+    )
+
+
 def lengths(config: Config) -> Iterator[str]:
     for path, section in samplers(config):
         engine = config.engines.get(section.engine)

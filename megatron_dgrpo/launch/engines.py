@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron_dgrpo.checkpoint.hf.families import read_spec, rope_parameters
 from megatron_dgrpo.config.explain import nearest
-from megatron_dgrpo.config.schema import Config, Engine, Model
+from megatron_dgrpo.config.schema import Config, Model
 from megatron_dgrpo.errors import ConfigError, RolloutError, listing
 from megatron_dgrpo.launch.preflight import check_engine
 from megatron_dgrpo.rollout.client import EngineClient
@@ -36,8 +36,10 @@ def expected_engine(config: Config, name: str) -> Expected:
     return expected(f"engines.{name}", model.path, spec.vocab_size, settings.max_model_len, dtype)
 
 
-def engine_args(engine: Engine, model: Model, address: str, key: str) -> dict[str, object]:
+def engine_args(config: Config, name: str, address: str, key: str) -> dict[str, object]:
     """What `rollout.host.serve` is told."""
+    engine = config.engines[name]
+    model = config.models[engine.model]
     return {
         "address": address,
         "key": key,
@@ -48,6 +50,8 @@ def engine_args(engine: Engine, model: Model, address: str, key: str) -> dict[st
         "max_num_seqs": engine.max_num_seqs,
         "prefix_cache": engine.prefix_cache,
         "threads": engine.threads,
+        "chunked_prefill": engine.chunked_prefill,
+        "deterministic": config.rollout.deterministic,
         "hf_overrides": _rope(model),
     }
 
@@ -115,9 +119,8 @@ def serve(config: Config, name: str, address: str, key_file: str) -> int:
     if problem := key_problem(key_file):
         raise ConfigError(f"--key-file: {problem}")
     check_engine(config, name)
-    engine = config.engines[name]
     from megatron_dgrpo.rollout.host import serve as serve_engine
 
     print(f"engine {name} will listen at {address}; it ends with the run that uses it", flush=True)
-    serve_engine(**engine_args(engine, config.models[engine.model], address, read_key(key_file)))  # type: ignore[arg-type]
+    serve_engine(**engine_args(config, name, address, read_key(key_file)))  # type: ignore[arg-type]
     return 0

@@ -12,6 +12,8 @@ from megatron_dgrpo.errors import ConfigError
 from megatron_dgrpo.launch.engines import check_engines, engine_args, host_names
 from megatron_dgrpo.launch.preflight import check_models
 from megatron_dgrpo.launch.supervisor import Supervisor
+from megatron_dgrpo.observe.environment import write_environment
+from megatron_dgrpo.observe.events import EventLog, run_events
 
 _CHECK_S = 3600.0
 """All data is read and tokenised once."""
@@ -23,7 +25,7 @@ def train(config: Config) -> int:
     check_models(config)
     check_engines(config, used_engines(config))
     resolved = _make_run_dir(config)
-    with Supervisor(config.run_dir) as supervisor:
+    with run_events(config.run_dir), Supervisor(config.run_dir) as supervisor:
         names = [name for name in used_engines(config) if not config.engines[name].addresses]
         supervisor.prepare("trainer")
         if names:
@@ -55,6 +57,7 @@ def _make_run_dir(config: Config) -> Path:
     try:
         resolved.parent.mkdir(parents=True, exist_ok=True)
         resolved.write_text(dump(config), encoding="utf-8")
+        write_environment(resolved.parent)
     except OSError as error:
         raise ConfigError(f"run_dir: {config.run_dir} can't be written ({error}): name another folder") from None
     return resolved
@@ -69,7 +72,8 @@ def _check_data(supervisor: Supervisor, resolved: Path) -> None:
     if found["problems"]:
         raise ConfigError(found["problems"])
     for note in found["notes"]:
-        print(note, flush=True)
+        supervisor.say(note)
+        EventLog(resolved.parent).write("data", note, level="warning")
 
 
 def used_engines(config: Config) -> list[str]:
@@ -91,7 +95,7 @@ def _start_engine(supervisor: Supervisor, config: Config, name: str, host: str, 
     supervisor.start_engine(
         host,
         "megatron_dgrpo.rollout.host:serve",
-        engine_args(engine, config.models[engine.model], f"unix:{path}", supervisor.key),
+        engine_args(config, name, f"unix:{path}", supervisor.key),
         threads=engine.threads,
         socket=path,
         max_restarts=engine.max_restarts,

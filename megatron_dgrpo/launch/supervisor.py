@@ -34,6 +34,8 @@ from megatron_dgrpo.errors import LaunchError
 from megatron_dgrpo.launch import nursery
 from megatron_dgrpo.launch.keeper import Keeper, Kept
 from megatron_dgrpo.launch.nursery import Child, Nursery, in_words
+from megatron_dgrpo.observe import progress
+from megatron_dgrpo.observe.screen import Screen
 from megatron_dgrpo.rollout.control import Listener
 
 Kind = Literal["trainer", "engine"]
@@ -65,37 +67,12 @@ class Watched:
         return f"{self.child.name} ({role}, pid {self.child.pid}) {in_words(self.child.returncode or 0)}"
 
 
-class Echo:
-    """Copies what a process writes to its log to this process's standard output, line by line."""
-
-    def __init__(self, path: Path) -> None:
-        path.touch(mode=0o600)
-        self._file = path.open("rb")
-        self._file.seek(0, os.SEEK_END)  # the log of a resumed run goes on where it ended
-        self._rest = b""
-        self._deaf = False
-
-    def pump(self, last: bool = False) -> None:
-        *lines, self._rest = (self._rest + self._file.read()).split(b"\n")
-        if last and self._rest:
-            lines.append(self._rest)
-        for line in lines:
-            text = line.decode(errors="replace")
-            if not self._deaf and not nursery.NOISE.match(text):
-                try:
-                    print(text, flush=True)
-                except OSError:  # the terminal or the reading end of a pipe has gone; the log has it all
-                    self._deaf = True
-        if last:
-            self._file.close()
-
-
 class Supervisor:
     """Use as a context manager, in the main thread (it takes over SIGINT, SIGTERM and SIGHUP while it lives).
 
     `private_dir` (mode 0700, a short path) is for sockets; names in /dev/shm that begin with `shm_prefix` are removed
     at the end; `key` is the run's secret for its own sockets. They reach processes in their arguments, never by the
-    environment. What the process named `echo` writes to its log is copied to standard output.
+    environment. What the process named `echo` writes to its log is shown on standard output, with how far the run is.
     """
 
     def __init__(
@@ -114,15 +91,23 @@ class Supervisor:
         self._grace_s, self._preload = grace_s, preload
         self._nurseries: dict[Kind, Nursery] = {}
         self._worlds = 0
-        self._keeper = Keeper(lambda words: print(words, flush=True))
+        self._keeper = Keeper(self.say)
         self._control: Listener | None = None
-        self._echo = Echo(self.log_dir / f"{echo}.log") if echo else None
+        self._echo = echo
+        self._screen: Screen | None = None
         self._stopping = self._stopped = self._hurry = False
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Supervisor:
         short = len(tempfile.gettempdir()) <= _LONGEST_PRIVATE_PATH
         self.private_dir = Path(tempfile.mkdtemp(prefix="dgrpo-", dir=None if short else "/tmp"))
+        if self._echo:
+            self._screen = Screen(
+                self.log_dir.parent,
+                self.log_dir / f"{self._echo}.log",
+                lambda: list(self.private_dir.glob("board-*.json")),
+                hidden=nursery.NOISE.match,
+            )
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
                 self._handlers[number] = signal.signal(number, self._on_signal)
@@ -185,6 +170,11 @@ class Supervisor:
         self.wait_until(lambda: child.returncode is not None, what="The checks had not ended", timeout_s=timeout_s)
         self.processes = [process for process in self.processes if process.child is not child]
 
+    def say(self, words: str) -> None:
+        """Onto standard output, without disturbing what is shown there."""
+        if self._screen:
+            self._screen.say(words)
+
     def start_engine(
         self,
         name: str,
@@ -217,6 +207,8 @@ class Supervisor:
 
     def _start(self, kind: Kind, name: str, target: str, args: Mapping[str, Any], env: Mapping[str, str]) -> Child:
         self.prepare(kind)
+        if name in (self._echo, "checks"):
+            env = {**env, progress.VARIABLE: str(self.private_dir / f"board-{name}.json")}
         child = self._nurseries[kind].start(name, target, args, env=env, log_path=self.log_dir / f"{name}.log")
         self.processes.append(Watched(child, kind))
         return child
@@ -257,8 +249,8 @@ class Supervisor:
         ready, _, _ = select.select(sockets, [], [], timeout_s)
         for server in ready:
             server.drain()
-        if self._echo:
-            self._echo.pump()
+        if self._screen:
+            self._screen.tick()
 
     def _failed(self) -> list[Watched]:
         """Who ended when it should not have. Engine hosts end with their last owner: when the first rank is done."""
@@ -304,10 +296,10 @@ class Supervisor:
         self._ask_for_stacks([child for child in running if child.returncode is None])
         for server in self._nurseries.values():
             server.close()
-        if self._echo:
-            self._echo.pump(last=True)
         if self._control:
             self._control.close()
+        if self._screen:
+            self._screen.close()
         for path in glob.glob(f"/dev/shm/{self.shm_prefix}*"):  # the servers did so; there may have been none
             with contextlib.suppress(OSError):
                 os.unlink(path)

@@ -1,30 +1,59 @@
-"""A run's records: each step goes to metrics.jsonl whole and to the console in short."""
+"""A run's records: each step goes to metrics.jsonl whole, to the console in short, and to the trackers.
+
+What else happens goes to events.jsonl and to the console.
+"""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_dgrpo.observe.console import Console
+from megatron_dgrpo.observe.events import EventLog, Level
 from megatron_dgrpo.observe.metrics import MetricsWriter
+from megatron_dgrpo.observe.progress import Board
 from megatron_dgrpo.observe.timers import Phases
+from megatron_dgrpo.observe.trackers import Tracked, Tracker
 
 _CONSOLE_S = 1.0
 """Steps that follow one another faster are in metrics.jsonl only; first and last ones and evaluations always show."""
 
 
 class Records:
-    """Of one process: rank 0's."""
+    """Of one process: rank 0's.
 
-    def __init__(self, folder: str | Path, console: Console | None = None) -> None:
+    `trackers` are made when they have something to say; `steps` are those of each stage, which places a step of a later
+    stage after all of the earlier ones in a tracker's curves.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        console: Console | None = None,
+        *,
+        trackers: Sequence[tuple[str, Callable[[], Tracker]]] = (),
+        steps: Sequence[int] = (),
+    ) -> None:
         self._writer = MetricsWriter(Path(folder) / "metrics.jsonl")
+        self._events = EventLog(folder)
         self._console = console or Console()
+        self.board = Board()
+        self._steps = steps
+        self._where: dict[str, str | int] = {}
         self._shown_at = -math.inf
+        self._tracked = [Tracked(name, make, self._tracker_failed) for name, make in trackers]
         if self._writer.torn_bytes:
-            self.note(f"cut {self._writer.torn_bytes} bytes of an unfinished line off {self._writer.path}")
+            self.note(
+                f"cut {self._writer.torn_bytes} bytes of an unfinished line off {self._writer.path}", level="warning"
+            )
+
+    def begin(self, stage: str, number: int, step: int, steps: int) -> None:
+        """A step begins; what is noted from here on belongs to it."""
+        self._where = {"stage": stage, "stage_number": number, "step": step}
+        self.board.step(stage, number, step, steps)
 
     def report(
         self,
@@ -49,13 +78,22 @@ class Records:
             if "tokens" in values and elapsed > 0:
                 record["tokens_per_s"] = float(values["tokens"]) / elapsed
         self._writer.write(record)
+        for tracked in self._tracked:
+            tracked.log(sum(self._steps[:number]) + step, record)
         if step in (0, 1, steps) or "heldout/reward" in values or time.monotonic() - self._shown_at >= _CONSOLE_S:
             self._console.step(stage, step, steps, record)
             self._shown_at = time.monotonic()
 
-    def note(self, words: str) -> None:
-        """For whoever watches; not a metric."""
-        self._console.note(words)
+    def note(self, words: str, *, kind: str = "note", level: Level = "info") -> None:
+        """Something else than a figure."""
+        self._events.write(kind, words, level=level, **self._where)
+        self._console.note(words if level == "info" or words.startswith(f"{level}:") else f"{level}: {words}")
+
+    def _tracker_failed(self, words: str) -> None:
+        """Called by a tracker's own thread."""
+        self.note(words, kind="tracker", level="warning")
 
     def close(self) -> None:
+        for tracked in self._tracked:
+            tracked.close()
         self._writer.close()

@@ -18,14 +18,14 @@ class Phases:
         self._began = clock()
         self._running: list[str] = []
         self._since = self._began
-        self.seconds: dict[str, float] = {}
+        self._seconds: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         """What runs inside belongs to the phase; a phase may come several times."""
         self._book()
         self._running.append(name)
-        self.seconds.setdefault(name, 0.0)
+        self._seconds.setdefault(name, 0.0)
         try:
             yield
         finally:
@@ -35,8 +35,14 @@ class Phases:
     def _book(self) -> None:
         now = self._clock()
         if self._running:
-            self.seconds[self._running[-1]] += now - self._since
+            self._seconds[self._running[-1]] += now - self._since
         self._since = now
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Of each phase so far, the running one's too."""
+        self._book()
+        return dict(self._seconds)
 
     @property
     def elapsed(self) -> float:

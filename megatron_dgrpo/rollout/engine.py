@@ -1,8 +1,12 @@
 """vLLM's in-process engine as the host uses it: samples in, completions out, weights replaced between steps.
 
 One vLLM request stands for one sample, with a seed of its own: its tokens then depend on the seed and not on what else
-is in the batch. That needs each prompt in one piece (on CPU, a chunked prefill with a seed raises), so prompts are
-never chunked. Samples of one prompt share its blocks through the prefix cache, even in the step that computes them.
+is in the batch, nor on the pieces that its prompt is computed in (`vllm_plugin.py` sees to that on CPU). Samples of one
+prompt share its blocks through the prefix cache, even in the step that computes them.
+
+Its log-probs do depend on them in their last bits: other batches round otherwise. A `deterministic` engine gives the
+same bits for the same requests at the same weights: its host starts a batch only when the last one has left,
+and `start_batch` leaves nothing of that one, neither blocks in the prefix cache nor rows in the model runner.
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ from megatron_dgrpo.rollout.compatibility import architecture, shared_memory
 from megatron_dgrpo.rollout.messages import BeginUpdate, Completion, EngineInfo, GenerateRequest, LoadBucket
 
 _MIN_BATCHED_TOKENS = 8192
-"""Prompt tokens computed at a time, unless the context is longer."""
+"""Prompt tokens computed at a time, unless the context is longer or prompts are computed in pieces."""
 
 
 class Engine:
@@ -44,6 +48,8 @@ class Engine:
         max_num_seqs: int,
         prefix_cache: bool,
         threads: int,
+        chunked_prefill: int | None = None,
+        deterministic: bool = False,
         hf_overrides: dict[str, Any] | None = None,
     ) -> None:
         torch.set_num_threads(threads)  # vLLM's CPU worker makes this call a no-op from there on
@@ -64,8 +70,8 @@ class Engine:
                 kv_cache_memory_bytes=kv_cache_bytes,
                 max_num_seqs=max_num_seqs,
                 enable_prefix_caching=prefix_cache,
-                enable_chunked_prefill=False,
-                max_num_batched_tokens=max(max_model_len, max_num_seqs, _MIN_BATCHED_TOKENS),
+                enable_chunked_prefill=chunked_prefill is not None,
+                max_num_batched_tokens=chunked_prefill or max(max_model_len, max_num_seqs, _MIN_BATCHED_TOKENS),
                 logprobs_mode="processed_logprobs",
                 enforce_eager=current_platform.is_cpu(),
                 weight_transfer_config=WeightTransferConfig(backend=vllm_plugin.BACKEND),
@@ -74,7 +80,7 @@ class Engine:
         )
         self.model_config = self.llm.vllm_config.model_config
         assert self.model_config.logprobs_mode == "processed_logprobs", "log-probs would not be those of the sampling"
-        assert not self.llm.vllm_config.scheduler_config.enable_chunked_prefill, "seeds would not repeat"
+        self.deterministic = deterministic
         self.vocab_size = self.model_config.get_vocab_size()
         self.weight_version = 0
         self._mixed = False  # weights of two versions, or blocks of the prefix cache that others computed
@@ -134,12 +140,20 @@ class Engine:
             problems.append(f"its temperature {request.temperature} is below 0.01, which vLLM replaces: greedy is 0")
         return problems
 
+    def start_batch(self) -> None:
+        """What follows depends on nothing that was before, where the engine is deterministic; it has nothing to do."""
+        if self.deterministic:
+            assert not self._unfinished
+            self.llm.step()  # tells the model runner of samples that have gone
+            self._reset_prefix_cache()
+
     def add(self, sample_id: str, request: GenerateRequest, sample: int) -> None:
         params = SamplingParams(
             max_tokens=request.max_tokens,
             temperature=request.temperature,
             seed=request.seeds[sample] if request.temperature > 0 else None,
             stop_token_ids=list(request.stop_token_ids),
+            **vars(request.shaping),
             ignore_eos=True,  # only the request's own stop ids count
             logprobs=0,  # of the sampled token
             flat_logprobs=True,

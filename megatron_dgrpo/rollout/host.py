@@ -7,6 +7,8 @@ loaded and has generated: who can connect can be served.
 What it promises: a request is served whole or answered with a failure; nothing is generated from weights that are not
 all of one version; a client that goes takes its unfinished samples and its half-done update with it; with its last
 owner the host ends.
+
+A deterministic engine serves one call at a time, whole, from its first step: the others wait for their turn.
 """
 
 from __future__ import annotations
@@ -44,6 +46,8 @@ def serve(
     max_num_seqs: int,
     prefix_cache: bool,
     threads: int,
+    chunked_prefill: int | None = None,
+    deterministic: bool = False,
     hf_overrides: dict[str, Any] | None = None,
 ) -> None:
     """Load a model, listen, serve until the last owner has gone."""
@@ -63,6 +67,8 @@ def serve(
             max_num_seqs=max_num_seqs,
             prefix_cache=prefix_cache,
             threads=threads,
+            chunked_prefill=chunked_prefill,
+            deterministic=deterministic,
             hf_overrides=hf_overrides,
         )
     except ValueError as error:  # vLLM's way to refuse settings
@@ -91,6 +97,7 @@ class Host:
         self.engine = engine
         self.server = server
         self._samples: dict[str, _Sample] = {}
+        self._waiting: list[tuple[Peer, m.Generate]] = []
         self._count = 0
         self._updater: Peer | None = None
         self._owners: list[Peer] = []
@@ -98,11 +105,13 @@ class Host:
 
     def run(self) -> None:
         while not self._done:
-            for peer, message in self.server.poll(0.0 if self._samples else None):
+            for peer, message in self.server.poll(0.0 if self._samples or self._waiting else None):
                 if message is None:
                     self._forget(peer)
                 else:
                     self._handle(peer, message)
+            if self._waiting and not self._samples:
+                self._generate(*self._waiting.pop(0))
             if self._samples:
                 self._step()
         self.server.flush(5.0)
@@ -138,6 +147,7 @@ class Host:
             case m.Generate():
                 self._generate(peer, message)
             case m.Cancel():
+                self._waiting = [(p, g) for p, g in self._waiting if p is not peer or g.call != message.call]
                 self._abort([i for i, s in self._samples.items() if s.peer is peer and s.call == message.call])
             case m.BeginUpdate() | m.LoadBucket() | m.FinishUpdate() | m.AbandonUpdate():
                 self._update(peer, message)
@@ -152,6 +162,9 @@ class Host:
         self.server.send(peer, m.Failure(call, kind, text))
 
     def _generate(self, peer: Peer, message: m.Generate) -> None:
+        if self.engine.deterministic and self._samples:
+            self._waiting.append((peer, message))
+            return
         if not self.engine.whole:
             text = (
                 f"the engine's weights are not whole: an update after version {self.engine.weight_version} is half "
@@ -165,6 +178,7 @@ class Host:
             return
         added = []
         try:
+            self.engine.start_batch()
             for request in message.requests:
                 for sample in range(len(request.seeds)):
                     self._count += 1
@@ -207,6 +221,7 @@ class Host:
         self.server.send(peer, m.Done(message.call))
 
     def _forget(self, peer: Peer) -> None:
+        self._waiting = [(p, g) for p, g in self._waiting if p is not peer]
         self._abort([i for i, s in self._samples.items() if s.peer is peer])
         if self._updater is peer:
             self._updater = None

@@ -91,6 +91,19 @@ class Shutdown:
 
 @register
 @dataclass(frozen=True)
+class Shaping:
+    """What changes the distribution that is sampled from, beside the temperature. The defaults change nothing."""
+
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+
+
+@register
+@dataclass(frozen=True)
 class GenerateRequest:
     """Samples of one prompt: one for each seed. Temperature 0 takes the likeliest token."""
 
@@ -100,6 +113,7 @@ class GenerateRequest:
     max_tokens: int
     temperature: float
     stop_token_ids: tuple[int, ...]  # the only ids that end a response; the engine knows no tokenizer
+    shaping: Shaping = Shaping()
 
 
 @register
@@ -108,7 +122,8 @@ class Completion:
     prompt_id: str
     sample: int  # index into the request's seeds
     tokens: np.ndarray  # int32 [n], the stop token included
-    logprobs: np.ndarray  # float32 [n], of the tokens, under the request's temperature (under 1 where that is 0)
+    logprobs: np.ndarray  # float32 [n], of the tokens as they were sampled: under the request's temperature (under 1
+    # where that is 0) and its shaping, over the ids that this left
     finish_reason: str  # "stop" or "length"
     weight_versions: np.ndarray  # int32 [n], the version that sampled each token
     num_cached_tokens: int  # tokens of the prompt that the prefix cache had

@@ -1,13 +1,20 @@
 """What vLLM loads of this package: an entry point of the group `vllm.general_plugins`, run in each of its processes.
 
-It adds a weight-transfer engine under the name `dgrpo_shm`. In an engine host on CPU, and nowhere else, it also keeps
-linear weights as they are in the checkpoint: vLLM otherwise packs them for oneDNN when it loads a model, drops the
-originals, and cannot write new weights into a packed tied head. Other uses of vLLM in the environment stay untouched.
+It adds a weight-transfer engine under the name `dgrpo_shm`. In an engine host on CPU, and nowhere else, it also
+
+- keeps linear weights as they are in the checkpoint: vLLM otherwise packs them for oneDNN when it loads a model, drops
+  the originals, and cannot write new weights into a packed tied head;
+- keeps seeds right where a prompt is computed in pieces. After each piece vLLM draws a token, throws it away, and winds
+  the request's generator back by four, which only CUDA's generators can do; on CPU it raises. Here a request has no
+  generator while its prompt is not whole, so that nothing is drawn from it that would have to be given back.
+
+Other uses of vLLM in the environment stay untouched.
 """
 
 from __future__ import annotations
 
 import os
+from typing import Any
 
 BACKEND = "dgrpo_shm"
 HOST_ENV = "MEGATRON_DGRPO_ENGINE_HOST"
@@ -23,6 +30,7 @@ def register() -> None:
         )
     if os.environ.get(HOST_ENV) == "1":
         _keep_linear_weights_plain()
+        _keep_generators_from_unfinished_prompts()
 
 
 def _keep_linear_weights_plain() -> None:
@@ -35,3 +43,31 @@ def _keep_linear_weights_plain() -> None:
 
     ops._supports_onednn = False
     utils.check_cpu_sgl_kernel = lambda n, k, dtype: False  # the other packing, on CPUs with AMX
+
+
+def _keep_generators_from_unfinished_prompts() -> None:
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    if "_dgrpo_held" in vars(CPUModelRunner):
+        return
+    sample, bookkeeping = CPUModelRunner._sample, CPUModelRunner._bookkeeping_sync
+
+    def sample_without(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """The sampler sees the same mapping from rows to generators; rows without one draw from the common one."""
+        generators = self.input_batch.generators
+        unfinished = self.discard_request_mask.np[: self.input_batch.num_reqs].nonzero()[0].tolist()
+        self._dgrpo_held = {row: generators.pop(row) for row in unfinished if row in generators}
+        return sample(self, *args, **kwargs)
+
+    def give_back(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found = bookkeeping(self, *args, **kwargs)
+        self.input_batch.generators.update(self._dgrpo_held)
+        self._dgrpo_held = {}
+        return found
+
+    CPUModelRunner._dgrpo_held = {}  # type: ignore[attr-defined]
+    CPUModelRunner._sample, CPUModelRunner._bookkeeping_sync = sample_without, give_back  # type: ignore[method-assign]

@@ -15,6 +15,7 @@ from megatron_dgrpo.data.dataset import Rows
 from megatron_dgrpo.data.lengths import check_lengths
 from megatron_dgrpo.data.tokenizer import Tokenizer
 from megatron_dgrpo.errors import ConfigError, DGRPOError, listing
+from megatron_dgrpo.observe.progress import Board
 
 
 def main(*, config_path: str, answer_path: str) -> None:
@@ -70,12 +71,14 @@ def _check_stage(config: Config, number: int, tokenizer: Tokenizer, notes: list[
         if source.streaming:
             notes.append(f"stages.{number}.data: {source.where} is a stream: its rows are checked as they come")
             continue
-        rows = Rows(source, needs_answer=isinstance(stage, SFT))
+        with Board().task(f"read {source.where}"):
+            rows = Rows(source, needs_answer=isinstance(stage, SFT))
         if rows.bad.count:
             notes.append(f"stages.{number}.data: {rows.bad.summary()}")
         if stage.on_overlong == "error":
             lengths = {"limit": limit, "setting": setting, "response_tokens": response}
-            unchecked = check_lengths(rows, tokenizer, **lengths)  # type: ignore[arg-type]
+            watched = Board().over(rows, f"check {source.where}", len(rows), "rows")
+            unchecked = check_lengths(watched, tokenizer, **lengths)  # type: ignore[arg-type]
             if unchecked:
                 notes.append(f"stages.{number}.data: the lengths of {unchecked} long rows were not checked")
 
@@ -93,7 +96,7 @@ def _check_evaluation(config: Config, tokenizer: Tokenizer, notes: list[str]) ->
         )
     engine = config.engines[settings.engine]
     check_lengths(
-        rows[: settings.num_prompts],
+        Board().over(rows[: settings.num_prompts], f"check {settings.data.where}", settings.num_prompts, "rows"),
         tokenizer,
         limit=engine.max_model_len,
         setting=f"engines.{settings.engine}.max_model_len",

@@ -14,7 +14,7 @@ from megatron_dgrpo.errors import RolloutError, listing
 from megatron_dgrpo.observe.timers import Phases
 from megatron_dgrpo.packing.trajectory import Segment, Trajectory
 from megatron_dgrpo.rewards.compose import Rewards
-from megatron_dgrpo.rollout.messages import Completion, GenerateRequest, sample_seed
+from megatron_dgrpo.rollout.messages import Completion, GenerateRequest, Shaping, sample_seed
 from megatron_dgrpo.train.run import Run
 
 _SCORING_S = 600.0
@@ -32,6 +32,7 @@ def collect(
     seed: int,
     step: int,
     phases: Phases,
+    what: str = "generate",
 ) -> list[Trajectory]:
     """`num_samples` scored trajectories of each row, row by row."""
     settings = run.config.engines[engine]
@@ -39,7 +40,8 @@ def collect(
     if run.engines is not None:
         requests = [_request(run, row, sampling, num_samples, seed, step) for row in rows]
         with phases("generate"):
-            completions = list(run.engines.client(engine).generate(requests, deadline_s=settings.request_timeout_s))
+            answers = run.engines.client(engine).generate(requests, deadline_s=settings.request_timeout_s)
+            completions = list(run.board.over(answers, what, len(rows) * num_samples, "samples"))
         with phases("score"):
             mine = _score(run, rows, requests, completions, rewards, num_samples)
     with phases("generate"):
@@ -54,6 +56,7 @@ def _request(run: Run, row: PromptRow, sampling: Sampling, num_samples: int, see
         max_tokens=sampling.max_tokens,
         temperature=sampling.temperature,
         stop_token_ids=run.tokenizer.eos_ids,
+        shaping=Shaping(**sampling.shaping),  # type: ignore[arg-type]
     )
 
 

@@ -96,6 +96,7 @@ def dgrpo_config(out: Path, seed: int, lr: float = 2e-3, steps: int = 30) -> dic
         "sampling": {"max_tokens": 4},
         "rewards": [{"kind": "exact_match"}],
         "optimizer": {"lr": lr, "warmup_steps": 5},
+        "diagnostics_every": 10,
     }
     return _config(out, seed, "student", models, stage) | {"teachers": [{"model": "teacher"}]}
 

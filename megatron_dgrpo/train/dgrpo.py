@@ -10,7 +10,9 @@ import numpy as np
 
 from megatron_dgrpo.algorithms.build import dgrpo_loss, dgrpo_streams, head_options
 from megatron_dgrpo.algorithms.factors import Factors
+from megatron_dgrpo.algorithms.mismatch import check_mismatch
 from megatron_dgrpo.config.schema import DGRPO
+from megatron_dgrpo.config.stages import shaping_note
 from megatron_dgrpo.observe.silence import SilentSteps
 from megatron_dgrpo.observe.timers import Phases
 from megatron_dgrpo.packing.trajectory import Trajectory, by_prompts
@@ -28,8 +30,11 @@ def run_dgrpo(run: Run, stage: DGRPO, number: int) -> None:
     factors = Factors(stage.objective, dgrpo_loss(stage.objective)[0])
     silent = SilentSteps()
     student.start_optimizer(stage.optimizer)
+    if note := shaping_note(stage):
+        run.note(note)
     evaluate(run, number, 0)
     for step in range(1, stage.steps + 1):
+        run.begin(number, step)
         phases = Phases()
         with phases("sync"):
             run.sync(stage.engine)
@@ -59,13 +64,16 @@ def run_dgrpo(run: Run, stage: DGRPO, number: int) -> None:
             if len(work) > 1:  # the later updates need the log-probs that the batch began with
                 work = [replace(item, streams=old_logprobs(student, item)) for item in work]
             for update, item in enumerate(work, 1):
-                metrics = compute_gradients(student, item) | student.update()
+                metrics = compute_gradients(student, item)
+                if warning := check_mismatch(stage.mismatch, metrics, f"stages.{number}"):
+                    run.note(f"step {step}, update {update}: {warning}")
+                metrics |= student.update()
                 seen.append(metrics)
                 run.version += 1
                 last = update == len(work)
                 run.report(number, step, facts | metrics, update=update, phases=phases if last else None)
         if words := silent.observe(facts, factors.at(step - 1)):
-            run.note(words)
+            run.note(words, kind="silence", level="warning")
         factors.observe({name: float(np.mean([m[name] for m in seen if name in m])) for name in seen[-1]})
         evaluate(run, number, step)
 

@@ -34,6 +34,7 @@ class Engines:
                 hang_timeout_s=settings.hang_timeout_s,
                 restore=lambda: self.restore(name),
                 note=lambda words: self.note(words),
+                whole_again=self._config.rollout.deterministic,
             )
         return self._pools[name]
 

@@ -33,6 +33,7 @@ def evaluate(run: Run, stage: int, step: int) -> None:
         seed=EVALUATION_SEED,
         step=0,
         phases=phases,
+        what="evaluate",
     )
     rewards_B = totals(trajectories, settings.rewards)
     values = {

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from megatron_dgrpo.checkpoint.hf.exporter import export_folder, export_shards, manifest
 from megatron_dgrpo.checkpoint.hf.families import read_spec
+from megatron_dgrpo.checkpoint.hf.output_files import nbytes
 from megatron_dgrpo.config.schema import SFT, Config, Model, Stage
 from megatron_dgrpo.data.chat import prompt_ids
 from megatron_dgrpo.data.dataset import PromptSource, Rows
@@ -26,6 +27,8 @@ from megatron_dgrpo.model.flops import training_cost
 from megatron_dgrpo.model.layouts import padding_unit
 from megatron_dgrpo.model.megatron_config import BuildOptions
 from megatron_dgrpo.model.spec import ModelSpec
+from megatron_dgrpo.observe.events import Level
+from megatron_dgrpo.observe.progress import Board
 from megatron_dgrpo.observe.records import Records
 from megatron_dgrpo.observe.timers import Phases
 from megatron_dgrpo.packing.layout import Layout
@@ -34,7 +37,7 @@ from megatron_dgrpo.packing.pack import Packing
 from megatron_dgrpo.packing.trajectory import Trajectory
 from megatron_dgrpo.packing.trees import Tree
 from megatron_dgrpo.parallel.groups import Groups
-from megatron_dgrpo.rollout.board import Board
+from megatron_dgrpo.rollout.board import Board as StoreBoard
 from megatron_dgrpo.rollout.messages import TrajectoryBatch, WeightsWanted
 from megatron_dgrpo.rollout.pool import Pool
 from megatron_dgrpo.rollout.transfer import push_weights
@@ -133,7 +136,11 @@ class Run:
         if stage.on_overlong == "drop":
             facts["dropped"] = float(len(found.dropped))
         if found.dropped:
-            self.note(listing(f"{len(found.dropped)} sequences are too long and were dropped:", found.dropped))
+            self.note(
+                listing(f"{len(found.dropped)} sequences are too long and were dropped:", found.dropped),
+                kind="drop",
+                level="warning",
+            )
         return found.trajectories
 
     def load_teacher(self) -> FrozenTeacher:
@@ -142,23 +149,26 @@ class Run:
             assert self.teacher_groups is not None
             settings = self.config.teachers[0]
             model = self.config.models[settings.model]
-            self.teacher = load_teacher(
-                model.path,
-                groups=self.teacher_groups,
-                options=build_options(model),
-                student_spec=read_spec(self.model.path, self.model.rope),
-                student_groups=self.groups,
-                rope=model.rope,
-                weights_in=settings.weights_in,
-                rows_in=settings.rows_in,
-            )
+            with self.board.task("load the teacher"):
+                self.teacher = load_teacher(
+                    model.path,
+                    groups=self.teacher_groups,
+                    options=build_options(model),
+                    student_spec=read_spec(self.model.path, self.model.rope),
+                    student_groups=self.groups,
+                    rope=model.rope,
+                    weights_in=settings.weights_in,
+                    rows_in=settings.rows_in,
+                )
         return self.teacher
 
     def sync(self, engine: str) -> None:
         """Give an engine the student's weights, unless it has them."""
         if self.student is None or self.versions.get(engine) == self.version:
             return
-        self._give(engine, everywhere=True)
+        what = "weights to the engine" if engine in self.versions else "wait for the engine, weights to it"
+        with self.board.task(what):
+            self._give(engine, everywhere=True)
         self.versions[engine] = self.version
 
     def _restore(self, engine: str) -> None:
@@ -204,7 +214,7 @@ class Run:
     def _replicas_were_lost(self, pool: Pool | None, patience_s: float) -> bool:
         """After a push that failed, on all ranks: whether it did because a replica was lost, so that another can do
         better. Rank 0 knows."""
-        board = Board(
+        board = StoreBoard(
             dist.PrefixStore("weights/again", self.store),
             "verdict",
             rank=self.rank,
@@ -233,7 +243,21 @@ class Run:
                     return list(trajectories)
 
     def export(self, target: Path) -> None:
-        export_folder(self.trained.decoder, self.model.path, target, DTYPES[self.model.dtype])
+        dtype = DTYPES[self.model.dtype]
+        total = sum(map(nbytes, manifest(self.spec, dtype)))
+        with self.board.task("export", total, "bytes") as task:
+            export_folder(self.trained.decoder, self.model.path, target, dtype, advance=task.advance)
+
+    def begin(self, stage: int, step: int) -> None:
+        """A step of a stage begins."""
+        if self.records is not None:
+            settings = self.config.stages[stage]
+            self.records.begin(settings.kind, stage, step, settings.steps)
+
+    @property
+    def board(self) -> Board:
+        """Where this rank shows how far something long is; rank 0's is seen."""
+        return self.records.board if self.records is not None else Board()
 
     def report(
         self,
@@ -249,9 +273,10 @@ class Run:
             settings = self.config.stages[stage]
             self.records.report(settings.kind, stage, step, settings.steps, values, update=update, phases=phases)
 
-    def note(self, words: str) -> None:
+    def note(self, words: str, *, kind: str = "note", level: Level = "info") -> None:
+        """Something else than a figure: onto the console and into events.jsonl."""
         if self.records is not None:
-            self.records.note(words)
+            self.records.note(words, kind=kind, level=level)
 
 
 def build_options(model: Model) -> BuildOptions:

@@ -19,6 +19,7 @@ def run_sft(run: Run, stage: SFT, number: int) -> None:
     student.start_optimizer(stage.optimizer)
     evaluate(run, number, 0)
     for step in range(1, stage.steps + 1):
+        run.begin(number, step)
         phases = Phases()
         with phases("pack"):
             examples = [example(row, run.tokenizer) for row in rows.take(stage.batch_size)]

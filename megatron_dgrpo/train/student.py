@@ -15,6 +15,7 @@ from megatron_dgrpo.config.schema import Adam, RopeScaling
 from megatron_dgrpo.errors import NonFiniteError
 from megatron_dgrpo.model.decoder import Decoder, build_decoder
 from megatron_dgrpo.model.megatron_config import BuildOptions
+from megatron_dgrpo.observe.progress import Board
 from megatron_dgrpo.parallel.groups import Groups
 from megatron_dgrpo.train import adam
 
@@ -93,8 +94,14 @@ class Student:
 
 
 def load_student(
-    folder: str | Path, *, groups: Groups, options: BuildOptions, rope: RopeScaling | None = None
+    folder: str | Path,
+    *,
+    groups: Groups,
+    options: BuildOptions,
+    rope: RopeScaling | None = None,
+    board: Board | None = None,
 ) -> Student:
     decoder = build_decoder(read_spec(folder, rope), groups=groups, options=options)
-    import_weights(decoder, folder)
+    with (board or Board()).task("load the student", sum(p.nbytes for p in decoder.parameters()), "bytes") as task:
+        import_weights(decoder, folder, advance=task.advance)
     return Student(decoder)

@@ -22,9 +22,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_dgrpo.algorithms.diagnostics import balance_values, by_position, gradient_balance, sign_disagreement
+from megatron_dgrpo.algorithms.diagnostics import (
+    POSITION_EDGES,
+    balance_values,
+    by_position,
+    gradient_balance,
+    sign_disagreement,
+)
 from megatron_dgrpo.algorithms.losses import Evaluation, Loss, Summary, add_summaries, attach, nonfinite_report
 from megatron_dgrpo.algorithms.metrics import Metric, merge, pack, unpack, values
+from megatron_dgrpo.algorithms.mismatch import mismatch_metrics
 from megatron_dgrpo.algorithms.streams import Streams
 from megatron_dgrpo.errors import NonFiniteError, listing
 from megatron_dgrpo.heads import HeadShard, RowStatistics, gather_rows
@@ -167,6 +174,7 @@ def _evaluate(rows: LossRows, work: Work, summary: Summary | None) -> tuple[torc
 def _metrics(rows: LossRows, work: Work, evaluation: Evaluation, statistics: RowStatistics) -> dict[str, Metric]:
     metrics = [evaluation.metrics, by_position(evaluation, statistics, rows.streams)]
     metrics.append(sign_disagreement(evaluation, statistics))
+    metrics.append(mismatch_metrics(statistics.logprob_T, rows.streams, POSITION_EDGES))
     if work.balance:
         metrics.append(gradient_balance(evaluation, rows.hidden_gradient(_wanted(work))))
     return merge(metrics)
@@ -181,5 +189,5 @@ def _of_the_whole_batch(student: Student, parts: Sequence[Mapping[str, Metric]])
         sums, maxima = (vector.to(platform.device()) for vector in pack(metrics))
         dist.all_reduce(sums, group=groups.dp_cp)
         dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=groups.dp_cp)
-        found = values(unpack(metrics, sums, maxima))
+        found = values(unpack(metrics, sums.cpu(), maxima.cpu()))
     return broadcast_figures(found, group=groups.pp, source=groups.grid.pp - 1)

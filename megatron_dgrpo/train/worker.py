@@ -14,6 +14,7 @@ from megatron_dgrpo.config.schema import DGRPO, SFT, Config, Layout
 from megatron_dgrpo.data.tokenizer import Tokenizer
 from megatron_dgrpo.launch.rendezvous import join_world
 from megatron_dgrpo.observe.records import Records
+from megatron_dgrpo.observe.trackers import trackers
 from megatron_dgrpo.parallel import platform
 from megatron_dgrpo.parallel.groups import Groups
 from megatron_dgrpo.train.assist import assist
@@ -44,6 +45,8 @@ def main(*, config_path: str, engines: Mapping[str, Sequence[str]], key: str, co
     if run.student is not None:
         run.export(target)
     run.note(f"exported to {target}")
+    if run.records is not None:
+        run.records.close()
     dist.barrier()  # the engines end with this process, and no rank may still need them
     dist.destroy_process_group()
 
@@ -66,9 +69,17 @@ def _build(config: Config, store: dist.Store, engines: Engines, shm_prefix: str)
         tokenizer=Tokenizer.load(model.path),
         store=store,
         engines=engines if first else None,
-        records=Records(Path(config.run_dir)) if first else None,
+        records=_records(config) if first else None,
         shm_prefix=shm_prefix,
         teacher_groups=teacher_groups,
+    )
+
+
+def _records(config: Config) -> Records:
+    return Records(
+        config.run_dir,
+        trackers=trackers(config.trackers, config.run_dir, config.model_dump(mode="json")),
+        steps=[stage.steps for stage in config.stages],
     )
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from megatron_dgrpo.algorithms.metrics import Mean, Sum, max_of, mean_of, merge, pack, sum_of, unpack, values
+from megatron_dgrpo.algorithms.metrics import Mean, Quantile, Sum, max_of, mean_of, merge, pack, sum_of, unpack, values
 
 
 def some(values_T, weight_T):
@@ -11,6 +11,7 @@ def some(values_T, weight_T):
         "total": sum_of(values_T),
         "largest": max_of(values_T),
         "largest_acting": max_of(values_T, weight_T != 0),
+        "median": Quantile(torch.histc(values_T.exp(), 50, 0.0, 12.5).double(), 0.5, 0.25, 0.1),
     }
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from megatron_dgrpo.config.checks import check, check_files, file_problems, problems
 from megatron_dgrpo.config.schema import Config
+from megatron_dgrpo.config.stages import shaping_note
 from megatron_dgrpo.errors import ConfigError
 
 
@@ -352,3 +353,38 @@ def test_run_dir(folder: Path) -> None:
     assert problem.startswith("run_dir: data/train.jsonl is no folder")
     (problem,) = file_problems(spoilt(("run_dir", "data/train.jsonl/below")))
     assert "cannot be made" in problem and "train.jsonl is no folder" in problem
+
+
+def test_corrections_and_limits_of_the_mismatch() -> None:
+    problem = only(("stages.1.objective.correction", {"kind": "masked", "low": 1.5}))
+    assert problem.startswith("stages.1.objective.correction: a ratio of 1 is outside of low=1.5 and high=5")
+    assert not problems(spoilt(("stages.1.objective.correction", "masked")))
+    problem = only(("stages.1.mismatch", {"warn": {"p99": 2}, "stop": {"p99": 1}}))
+    assert problem.startswith("stages.1.mismatch.warn.p99: 2 is above stop.p99=1")
+    assert not problems(spoilt(("stages.1.mismatch", {"stop": {"k3": 1e-3}})))  # the default of warn gives way
+
+
+def test_shaped_sampling_is_refused_where_the_kl_is_over_the_whole_distribution() -> None:
+    shaped = ("stages.1.sampling.top_p", 0.9), ("stages.1.sampling.presence_penalty", 0.5)
+    problem = only(*shaped)
+    assert (
+        problem.startswith("stages.1.sampling: top_p=0.9, presence_penalty=0.5 changes")
+        and "estimator exact" in problem
+    )
+    for estimator in ("topk_student", "topk_teacher", {"kind": "sampled", "baseline": True}):
+        assert "no such mask" in only(*shaped, ("stages.1.objective.estimator", estimator))
+    for estimator in ("sampled", "k2"):
+        config = spoilt(*shaped, ("stages.1.objective.estimator", estimator))
+        assert not problems(config)
+        assert "top_p=0.9, presence_penalty=0.5" in shaping_note(config.stages[1])
+    assert not problems(spoilt(*shaped, ("stages.1.objective.beta", 0), ("teachers", [])))
+    for name, value in (("top_k", 5), ("min_p", 0.1), ("frequency_penalty", 1), ("repetition_penalty", 1.2)):
+        assert f"{name}={value}" in only((f"stages.1.sampling.{name}", value))
+        assert not problems(spoilt((f"evaluation.sampling.{name}", value)))
+    assert shaping_note(spoilt().stages[1]) == ""
+
+
+def test_a_step_of_an_engine_has_place_for_each_of_its_sequences() -> None:
+    problem = only(("engines.main.chunked_prefill", 128))
+    assert problem.startswith("engines.main.chunked_prefill: a step of 128 tokens") and "max_num_seqs=256" in problem
+    assert not problems(spoilt(("engines.main.chunked_prefill", 128), ("engines.main.max_num_seqs", 128)))

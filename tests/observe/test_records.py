@@ -29,7 +29,7 @@ def test_a_step_goes_to_the_file_and_to_the_console(tmp_path: Path) -> None:
     assert second["update"] == 2 and "time/step" not in second and "tokens_per_s" not in second
     assert abs(second["time"] - time.time()) < 60
     lines = stream.getvalue().splitlines()
-    assert lines[0].startswith("dgrpo  2/30  loss 0.5000") and "(train 0.1s)" in lines[0] and lines[1:] == ["exported"]
+    assert lines[0].startswith("dgrpo  2/30  loss  0.5000") and "(train 0.1s)" in lines[0] and lines[1:] == ["exported"]
 
 
 def test_a_torn_line_of_an_earlier_run_is_told_of(tmp_path: Path) -> None:

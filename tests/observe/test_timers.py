@@ -38,3 +38,14 @@ def test_a_phase_that_raises_still_counts() -> None:
     with phases("train"):
         clock.now += 7
     assert phases.seconds == {"score": 3.0, "train": 7.0}
+
+
+def test_a_phase_that_still_runs_counts_so_far() -> None:
+    """The last report of a step is made inside its phase."""
+    clock = Clock()
+    phases = Phases(clock)
+    with phases("train"):
+        clock.now += 3
+        assert phases.seconds == {"train": 3.0}
+        clock.now += 4
+    assert phases.seconds == {"train": 7.0}

@@ -18,6 +18,7 @@ import yaml
 from megatron_dgrpo.config.loader import load
 from megatron_dgrpo.errors import ConfigError
 from megatron_dgrpo.launch.run import train
+from megatron_dgrpo.observe.events import read_events
 from megatron_dgrpo.observe.metrics import read_metrics
 
 TEMPERATURE = 0.7
@@ -93,7 +94,12 @@ def test_a_run_from_its_start_to_an_exported_folder(files: Path, tmp_path: Path)
     assert [r["step"] for r in updates if "gradient/teacher_kl/norm" in r] == [1, 1, 3, 3, 1]
     assert [r["step"] for r in updates if r.get("preflight/identical_kl", 1) <= 1e-6] == [1, 1, 1]
     assert [r["step"] for r in records if "heldout/reward" in r] == [0, 2, 0, 3, 0, 1]
-    assert {"config.yaml", "metrics.jsonl", "logs", "hf"} <= {path.name for path in run_dir.iterdir()}
+    kept = {"config.yaml", "environment.json", "events.jsonl", "metrics.jsonl", "logs", "hf"}
+    assert kept <= {path.name for path in run_dir.iterdir()}
+    last = [r for r in updates if "time/step" in r]
+    assert [r["step"] for r in last] == [1, 2, 3, 1] and all(r["time/train"] > 0 for r in last)
+    found = [(event["kind"], event.get("stage_number")) for event in read_events(run_dir / "events.jsonl").records]
+    assert found == [("start", None), ("note", 2), ("end", None)], "the note is that it was exported"
     _loads_in_transformers_and_differs(run_dir / "hf", files / "student")
     assert not list(Path("/dev/shm").glob("dgrpo-*"))
 
@@ -241,13 +247,14 @@ def _named(pids: set[int], name: str) -> list[int]:
 
 
 def test_ctrl_c_leaves_no_process(running: tuple[subprocess.Popen[str], Path]) -> None:
-    process, _ = running
+    process, run_dir = running
     family = _descendants(process.pid)
     assert len(family) == 6, "supervisor, two servers, two ranks, one engine host"
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130
     _wait(lambda: not _alive(family), 20, "processes are left after Ctrl-C")
     assert "interrupted" in process.stderr.read()
+    assert [event["kind"] for event in read_events(run_dir / "events.jsonl").records] == ["start", "interrupted"]
 
 
 def test_sigkill_of_the_supervisor_leaves_no_process(running: tuple[subprocess.Popen[str], Path]) -> None:

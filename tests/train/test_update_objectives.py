@@ -6,7 +6,7 @@ Legend: _R loss tokens of the batch, _RV times vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -41,9 +41,39 @@ CASES: dict[str, dict[str, Any]] = {
     "token_mean": {"aggregation": "token_mean", "advantages": {"kind": "leave_one_out"}},
     "entropy, dual clip": {"entropy": 0.25, "dual_clip": 1.5, "beta": COSINE},
     "clamp": {"log_ratio_clamp": 0.4, "advantages": {"std": "sample", "epsilon": 0.1}},
+    "truncated": {"correction": "truncated"},
+    "truncated, live": {"correction": {"kind": "truncated", "cap": 1.5}},
+    "truncated sequence": {"correction": {"kind": "truncated", "level": "sequence", "cap": 1.2}},
+    "masked": {"correction": {"kind": "masked", "high": 2.5}, "entropy": 0.25},
+    "masked, live": {"correction": {"kind": "masked", "low": 0.4, "high": 2.5}},
+    "sequence mask": {"correction": {"kind": "sequence_mask", "low": 0.95, "high": 1.05}},
+    "sequence mask, live": {"correction": {"kind": "sequence_mask", "ratio": "product", "low": 0.5, "high": 2.0}},
     "sequence terms": {},
     "batch terms": {},
 }  # fmt: skip
+
+
+def engine_gaps(lengths: list[int]) -> list[float]:
+    """Old minus engine's log-prob of each loss token: responses that lean to one side, and outliers on both."""
+    gaps = []
+    for i, length in enumerate(lengths):
+        gaps += [(-0.15, 0.0, 0.01, 0.2)[i % 4] + (0.02, 1.1, -0.03, -1.2, 0.0)[(i + t) % 5] for t in range(length)]
+    return gaps
+
+
+def with_engine_logprobs(trajectories, responses):
+    """The trajectories with behaviour log-probs, segment by segment."""
+    gaps = iter(engine_gaps([sum(r.mask) for r in responses]))
+    return [
+        replace(
+            trajectory,
+            segments=tuple(
+                replace(s, behaviour_logprobs=np.asarray([x - next(gaps) for x in s.old_logprobs])) if s.trained else s
+                for s in trajectory.segments
+            ),
+        )
+        for trajectory in trajectories
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +111,8 @@ def _train(rank, world, folder, teacher_folder, trajectories, rewards, layout, b
     models = {"groups": groups, "options": BuildOptions(torch.float64, sequence_parallel=groups.grid.tp > 1)}
     student = load_student(folder, **models)
     teacher = load_teacher(teacher_folder, **models, student_spec=read_spec(folder), student_groups=groups)
-    grown, packing = trees(trajectories), Packing(budget, dp=groups.grid.dp, multiple_of=4)
-    layouts = packing.micro_batches(grown, rank=groups.grid.coordinate("dp"))
+    grown, packing = trees(trajectories), Packing(budget, dp=groups.grid.dp, cp=groups.grid.cp, multiple_of=4)
+    layouts = packing.micro_batches(grown, rank=groups.grid.coordinate("dp"), cp_rank=groups.grid.coordinate("cp"))
     rows = teacher.rows(grown, packing)
     found = {}
     for case in CASES:
@@ -93,6 +123,8 @@ def _train(rank, world, folder, teacher_folder, trajectories, rewards, layout, b
         elif case == "batch terms":
             loss = Loss((ClippedSurrogate(clip_high=0.28), StudentEntropyWeighted(term=reverse_kl(), beta=0.7)))
         streams = dgrpo_streams(trajectories, rewards, objective).streams
+        if case.endswith(", live"):  # one update per batch: the old policy is the live one
+            streams = replace(streams, old_logprobs_N=None)
         options = head_options(objective)
         work = Work(
             layouts, streams, loss, factors, TEMPERATURE, teacher.head, rows, head_options=options, balance=True
@@ -121,6 +153,8 @@ class Dense:
         self.hidden, self.logits_RV = hidden, torch.cat(logits)
         self.teacher_RV, self.targets_R = torch.cat(teacher_logits), torch.tensor(targets)
         self.sample_R, self.old_R = torch.tensor(samples), torch.tensor(old, dtype=torch.float64)
+        gaps = engine_gaps(self.sample_R.bincount().tolist())
+        self.behaviour_R = self.old_R - torch.tensor(gaps, dtype=torch.float64)
 
     def statistics(self, alpha: float) -> DenseStatistics:
         return DenseStatistics.of(self.logits_RV, self.teacher_RV, self.targets_R, temperature=TEMPERATURE, alpha=alpha)
@@ -155,10 +189,12 @@ class Dense:
         """Factor x loss of each term. Its gradient is the trained one; of `sampled`, its value is not."""
         o = _objective(case)
         s = self.statistics(getattr(o.divergence, "alpha", 0.5))
-        weights_R, log_R = self.weights(o.aggregation), s.logprob_T - self.old_R
+        old_R = s.logprob_T.detach() if case.endswith(", live") else self.old_R
+        weights_R, log_R = self.weights(o.aggregation), s.logprob_T - old_R
         advantage_R = self.advantages(o.advantages.kind, o.advantages.std, o.advantages.epsilon)
         beta = getattr(o.beta, "value", 1.0)
-        found = {"surrogate": (weights_R * self._surrogate(case, o, log_R, advantage_R)).sum()}
+        correction_R = self.correction(o.correction, old_R - self.behaviour_R)
+        found = {"surrogate": (weights_R * correction_R * self._surrogate(case, o, log_R, advantage_R)).sum()}
         kl_R = self._divergence(o, s)
         if case == "batch terms":
             raw_R = torch.exp(-0.7 * s.entropy_T).detach()
@@ -174,6 +210,27 @@ class Dense:
         if o.uses_entropy:
             found["entropy"] = -0.25 * (weights_R * s.entropy_T).sum()
         return found
+
+    def correction(self, by, log_R) -> torch.Tensor:
+        """Weights by ratios of probabilities, response by response; each kind touches some and leaves some."""
+        weight_R, touched_R = torch.ones_like(log_R), torch.ones_like(log_R, dtype=torch.bool)
+        if by is None:
+            return weight_R
+        for i in range(len(self.responses)):
+            of_i = self.sample_R == i
+            ratios = log_R[of_i].exp()
+            if by.kind == "masked":
+                keep = (ratios >= by.low) & (ratios <= by.high)
+                weight_R[of_i], touched_R[of_i] = ratios * keep, ~keep
+            elif by.kind == "truncated":
+                of_all = ratios if by.level == "token" else ratios.prod()
+                weight_R[of_i], touched_R[of_i] = of_all.clamp(max=by.cap), of_all > by.cap
+            else:
+                of_all = ratios.prod() if by.ratio == "product" else ratios.prod() ** (1 / len(ratios))
+                weight_R[of_i], touched_R[of_i] = float(by.low <= of_all <= by.high), not by.low <= of_all <= by.high
+        assert 0.1 < touched_R.double().mean() < 0.9
+        self.touched_R = touched_R
+        return weight_R
 
     def _surrogate(self, case, o, log_R, advantage_R) -> torch.Tensor:
         if case == "sequence terms":
@@ -228,6 +285,7 @@ LAYOUTS = [
     pytest.param(({"tp": 2, "dp": 1}, 64), id="tp2"),
     pytest.param(({"tp": 2, "dp": 2}, 32), id="tp2 dp2"),
     pytest.param(({"tp": 1, "dp": 2, "pp": 2}, 32), id="dp2 pp2"),
+    pytest.param(({"tp": 1, "cp": 2, "dp": 2}, 32), id="cp2 dp2"),
 ]
 
 
@@ -235,7 +293,8 @@ LAYOUTS = [
 def trained(dense: tuple[Dense, Path], request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     reference, folder = dense
     responses, (layout, budget) = reference.responses, request.param
-    arguments = (str(folder / "student"), str(folder / "teacher"), _trajectories(responses))
+    trajectories = with_engine_logprobs(_trajectories(responses), responses)
+    arguments = (str(folder / "student"), str(folder / "teacher"), trajectories)
     rewards, world = [r.reward for r in responses], int(np.prod(list(layout.values())))
     return run_distributed(_train, world, *arguments, rewards, layout, budget, timeout_s=240)
 
@@ -253,7 +312,13 @@ def test_loss_and_gradients_are_those_of_dense_autograd(trained, dense, case: st
         metrics = ranks[case][0]
         if "sampled" not in case:
             assert metrics["loss"] == pytest.approx(sum(terms.values()).item(), rel=1e-10)
-        if case != "batch terms":
+        if _objective(case).correction is not None:
+            touched_R = reference.touched_R.double()
+            assert metrics["correction/tokens"] == pytest.approx(touched_R.mean().item())
+            if "sequence" in case:
+                each = [touched_R[reference.sample_R == i].mean().item() for i in range(len(reference.responses))]
+                assert metrics["correction/sequences"] == pytest.approx(np.mean(each))
+        elif case != "batch terms":
             assert all(metrics[f"{name}/weight"] == pytest.approx(1.0) for name in terms)
 
 

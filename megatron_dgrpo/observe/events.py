@@ -1,0 +1,91 @@
+"""events.jsonl: what happened in a run beside its figures: its start and end, warnings, what was dropped, failures.
+
+Two processes write it, rank 0 and the supervisor, a line at a time with O_APPEND. Either may be killed inside a write:
+a writer begins a new line where the last one is unfinished, and the reader counts lines that it cannot read. Nothing
+that was written before is lost to a line that is damaged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_dgrpo.errors import DGRPOError
+
+FILE = "events.jsonl"
+Level = Literal["info", "warning", "error"]
+
+
+class EventLog:
+    def __init__(self, folder: str | Path) -> None:
+        self.path = Path(folder) / FILE
+
+    def write(self, kind: str, words: str, *, level: Level = "info", **where: str | int | float) -> None:
+        """One event. `where` says at which stage and step."""
+        record = {"time": time.time(), "level": level, "kind": kind, **where, "words": words}
+        line = json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            size = os.fstat(file).st_size
+            torn = size > 0 and os.pread(file, 1, size - 1) != b"\n"
+            rest = memoryview(b"\n" * torn + line)
+            while rest:
+                rest = rest[os.write(file, rest) :]
+        finally:
+            os.close(file)
+
+
+@dataclass(frozen=True)
+class Events:
+    records: list[dict[str, Any]]
+    damaged: int
+    """Lines that could not be read."""
+
+
+def read_events(path: str | Path) -> Events:
+    """All events; none where the file does not exist."""
+    try:
+        content = Path(path).read_bytes()
+    except OSError:
+        return Events([], 0)
+    records, damaged = [], 0
+    for line in content.split(b"\n"):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line.decode("utf-8"))
+            if not isinstance(record, dict):
+                raise ValueError
+            records.append(record)
+        except ValueError:  # of decoding, too
+            damaged += 1
+    return Events(records, damaged)
+
+
+@contextlib.contextmanager
+def run_events(folder: str | Path) -> Iterator[EventLog]:
+    """The start of a run and how it ended; what it ended with goes on its way."""
+    log = EventLog(folder)
+    log.write("start", f"started by process {os.getpid()}")
+    try:
+        yield log
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # a full disk may be what the run ended of
+            log.write(*_ending(error), level="error" if isinstance(error, Exception) else "warning")
+        raise
+    log.write("end", "ended well")
+
+
+def _ending(error: BaseException) -> tuple[str, str]:
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", "interrupted by Ctrl-C"
+    if isinstance(error, SystemExit):
+        return "interrupted", f"ended by a signal (exit status {error.code})"
+    return "failure", str(error) if isinstance(error, DGRPOError) else f"{type(error).__name__}: {error}"
