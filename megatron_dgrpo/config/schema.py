@@ -106,10 +106,21 @@ class Model(Frozen):
 
 
 class Engine(Frozen):
-    """A vLLM engine host: one process around one engine."""
+    """vLLM engine hosts that serve the same: each is one process around one engine."""
 
     model: str
     """Name of the model it serves."""
+    replicas: PositiveInt = 1
+    """Hosts that share the prompts."""
+    addresses: tuple[str, ...] = ()
+    """Hosts that run already (`dgrpo engine`), instead of any that the run starts: tcp:HOST:PORT or unix:/PATH."""
+    key_file: str | None = None
+    """File with the key of the hosts at `addresses`, readable by its owner alone."""
+    max_restarts: NonNegativeInt = 3
+    """How often within an hour a host that died or hung is started again, before its end is that of the run."""
+    hang_timeout_s: PositiveFloat = 300.0
+    """A host that says nothing for so long, even when asked, hangs. It answers between steps: a step that computes the
+    longest prompts must be shorter."""
     dtype: DType | None = None
     """Type of its weights; the model's own where none is given."""
     max_model_len: PositiveInt

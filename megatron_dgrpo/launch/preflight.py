@@ -44,25 +44,39 @@ def check_models(config: Config) -> None:
 def engine_problems(config: Config, specs: Mapping[str, ModelSpec], *, block_size: int) -> Iterator[str]:
     """Of the engines that are started: vLLM finds the same, but only after its imports, and in other words."""
     for name in dict.fromkeys(section.engine for _, section in samplers(config)):
-        engine = config.engines[name]
-        spec, length = specs.get(engine.model), engine.max_model_len
-        if spec is None:
-            continue
-        if length > spec.max_positions:
-            yield (
-                f"engines.{name}.max_model_len: {length} is more than the {spec.max_positions} positions of "
-                f"{engine.model!r} (max_position_embeddings, or models.{engine.model}.rope); set "
-                f"engines.{name}.max_model_len={spec.max_positions} or less, or stretch its rotary embeddings with "
-                f"models.{engine.model}.rope"
-            )
-        needed = kv_bytes(spec, length, _BYTES[engine.dtype or config.models[engine.model].dtype], block_size)
-        needed //= min(engine.tp, spec.num_kv_heads)
-        if engine.kv_cache_bytes < needed:
-            yield (
-                f"engines.{name}.kv_cache_bytes: {engine.kv_cache_bytes} cannot hold one sequence of max_model_len="
-                f"{length}, which takes {needed}; set engines.{name}.kv_cache_bytes={needed} or more (times the "
-                f"sequences that are to run together), or lower engines.{name}.max_model_len"
-            )
+        if not config.engines[name].addresses:
+            yield from _engine_problems(config, name, specs, block_size)
+
+
+def check_engine(config: Config, name: str) -> None:
+    """The same, of one engine that is started by itself."""
+    model = config.models[config.engines[name].model]
+    spec = read_spec(model.path, model.rope)
+    problems = list(_engine_problems(config, name, {config.engines[name].model: spec}, _block_size()))
+    if problems:
+        raise ConfigError(listing("The engine can't be started as it is:", problems))
+
+
+def _engine_problems(config: Config, name: str, specs: Mapping[str, ModelSpec], block_size: int) -> Iterator[str]:
+    engine = config.engines[name]
+    spec, length = specs.get(engine.model), engine.max_model_len
+    if spec is None:
+        return
+    if length > spec.max_positions:
+        yield (
+            f"engines.{name}.max_model_len: {length} is more than the {spec.max_positions} positions of "
+            f"{engine.model!r} (max_position_embeddings, or models.{engine.model}.rope); set "
+            f"engines.{name}.max_model_len={spec.max_positions} or less, or stretch its rotary embeddings with "
+            f"models.{engine.model}.rope"
+        )
+    needed = kv_bytes(spec, length, _BYTES[engine.dtype or config.models[engine.model].dtype], block_size)
+    needed //= min(engine.tp, spec.num_kv_heads)
+    if engine.kv_cache_bytes < needed:
+        yield (
+            f"engines.{name}.kv_cache_bytes: {engine.kv_cache_bytes} cannot hold one sequence of max_model_len="
+            f"{length}, which takes {needed}; set engines.{name}.kv_cache_bytes={needed} or more (times the "
+            f"sequences that are to run together), or lower engines.{name}.max_model_len"
+        )
 
 
 _VOCAB_UNIT = 64

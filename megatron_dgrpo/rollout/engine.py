@@ -29,6 +29,7 @@ from vllm.v1.engine.llm_engine import LLMEngine
 
 from megatron_dgrpo.errors import RolloutError, TransferError
 from megatron_dgrpo.rollout import vllm_plugin, workers
+from megatron_dgrpo.rollout.compatibility import architecture, shared_memory
 from megatron_dgrpo.rollout.messages import BeginUpdate, Completion, EngineInfo, GenerateRequest, LoadBucket
 
 _MIN_BATCHED_TOKENS = 8192
@@ -96,6 +97,7 @@ class Engine:
         return EngineInfo(
             pid=os.getpid(),
             model_path=str(self.model_config.model),
+            architecture=architecture(str(self.model_config.model)),
             vocab_size=self.vocab_size,
             max_model_len=self.model_config.max_model_len,
             dtype=str(self.model_config.dtype).removeprefix("torch."),
@@ -103,6 +105,7 @@ class Engine:
             block_size=self.llm.vllm_config.cache_config.block_size,
             weight_version=self.weight_version,
             whole=self.whole,
+            shared_memory=shared_memory(),
             num_unfinished=self.num_unfinished,
         )
 

@@ -59,19 +59,26 @@ def serve(
         tempfile.tempdir = os.path.dirname(path)  # what vLLM leaves behind lies in the run's folder and goes with it
     from megatron_dgrpo.rollout.engine import Engine  # imports vLLM, which reads the environment
 
-    engine = Engine(
-        model_path=model_path,
-        dtype=dtype,
-        max_model_len=max_model_len,
-        kv_cache_bytes=kv_cache_bytes,
-        max_num_seqs=max_num_seqs,
-        prefix_cache=prefix_cache,
-        threads=threads,
-        tp=tp,
-        chunked_prefill=chunked_prefill,
-        deterministic=deterministic,
-        hf_overrides=hf_overrides,
-    )
+    try:
+        engine = Engine(
+            model_path=model_path,
+            dtype=dtype,
+            max_model_len=max_model_len,
+            kv_cache_bytes=kv_cache_bytes,
+            max_num_seqs=max_num_seqs,
+            prefix_cache=prefix_cache,
+            threads=threads,
+            tp=tp,
+            chunked_prefill=chunked_prefill,
+            deterministic=deterministic,
+            hf_overrides=hf_overrides,
+        )
+    except ValueError as error:  # vLLM's way to refuse settings
+        raise RolloutError(
+            f"vLLM cannot serve {model_path} with max_model_len={max_model_len}, kv_cache_bytes={kv_cache_bytes}, "
+            f"max_num_seqs={max_num_seqs}, dtype={dtype}; if it lacks room, raise kv_cache_bytes or lower "
+            f"max_model_len. In its words: {error}"
+        ) from error
     server = Server(address, key)
     try:
         Host(engine, server).run()

@@ -31,6 +31,7 @@ def sample_seed(run_seed: int, step: int, prompt_id: str, sample: int) -> int:
 class EngineInfo:
     pid: int
     model_path: str
+    architecture: str  # as config.json names it
     vocab_size: int  # sampling is over all of it, ids without a token included
     max_model_len: int
     dtype: str  # "float32", "bfloat16"
@@ -38,6 +39,7 @@ class EngineInfo:
     block_size: int  # tokens of a block of the prefix cache
     weight_version: int
     whole: bool  # False from the first byte of an update until it is finished
+    shared_memory: str  # see `compatibility.shared_memory`
     num_unfinished: int  # samples that are waiting or being generated
 
 
@@ -192,6 +194,14 @@ class Chunk:
 
     groups: tuple[Group, ...]
     last: bool
+
+
+@register
+@dataclass(frozen=True)
+class WeightsWanted:
+    """Rank 0 to the others, between its trajectories: an engine was started again and needs the current weights."""
+
+    engine: str
 
 
 # ---- weights ----

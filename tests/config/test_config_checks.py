@@ -86,6 +86,19 @@ def test_an_engine_that_does_not_serve_the_student() -> None:
     assert all(problem.endswith("set engines.main.model=small") for problem in found)
 
 
+def test_engines_at_addresses_have_a_key_and_replicas_of_their_own() -> None:
+    key, address = ("engines.main.key_file", "key"), "tcp:10.0.0.1:7001"
+    assert problems(spoilt(key, ("engines.main.addresses", [address, "tcp:[::1]:7001", "unix:/run/engine"]))) == []
+    assert only(("engines.main.addresses", [address])).startswith("engines.main.key_file: engines at addresses ask")
+    assert only(key).startswith("engines.main.key_file: engines that the run starts have a key")
+    addresses = ["tcp:10.0.0.1", address, address]
+    assert problems(spoilt(key, ("engines.main.addresses", addresses), ("engines.main.replicas", 2))) == [
+        "engines.main.replicas: the hosts at its addresses are its replicas; leave replicas out",
+        "engines.main.addresses.0: 'tcp:10.0.0.1' is no address; write tcp:HOST:PORT or unix:/PATH",
+        f"engines.main.addresses.2: {address} is listed twice; list each host once",
+    ]
+
+
 def test_layouts() -> None:
     assert only(("models.small.layout", {"sequence_parallel": True}), ("models.large.layout", {})).startswith(
         "models.small.layout.sequence_parallel: needs tensor parallelism; set models.small.layout.tp=2"
