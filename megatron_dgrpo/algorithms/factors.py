@@ -45,7 +45,7 @@ class Factors:
     def state(self) -> dict[str, dict[str, float]]:
         return {name: state for name, schedule in self._schedules.items() if (state := schedule.state())}
 
-    def load(self, state: Mapping[str, Mapping[str, float]]) -> None:
+    def restore(self, state: Mapping[str, Mapping[str, float]]) -> None:
         for name, of_term in self._schedules.items():
             of_term.load(dict(state.get(name, {})))
 

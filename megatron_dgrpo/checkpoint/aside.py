@@ -17,13 +17,10 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_dgrpo.checkpoint.agree import agreed
+from megatron_dgrpo.checkpoint.pruning import aside_of
 from megatron_dgrpo.errors import ConversionError
 
 _LOCK = ".lock"
-
-
-def aside_of(target: Path) -> Path:
-    return target.with_name(f".{target.name}.partial")
 
 
 @contextmanager

@@ -27,6 +27,10 @@ FORMAT = 1
 _CHUNK = 2**22
 
 
+class OtherFormatError(CheckpointError):
+    """Another version of this project wrote it: that is no damage."""
+
+
 @dataclass(frozen=True)
 class Manifest:
     stage: int
@@ -81,7 +85,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         found: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if found["format"] != FORMAT:
-            raise CheckpointError(
+            raise OtherFormatError(
                 f"{folder} was written by version {found.get('project')} in the format {found['format']}; this version "
                 f"({__version__}) reads {FORMAT}: go on with that version, or export the checkpoint with it"
             )

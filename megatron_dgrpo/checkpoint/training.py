@@ -18,7 +18,6 @@ which load at any layout. Nothing but tensors goes into Megatron's format; numbe
 from __future__ import annotations
 
 import json
-import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -32,19 +31,18 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_dgrpo.checkpoint.agree import agreed
-from megatron_dgrpo.checkpoint.aside import aside_of, readable, sync_folder, write_synced, written_aside
+from megatron_dgrpo.checkpoint.aside import readable, sync_folder, write_synced, written_aside
 from megatron_dgrpo.checkpoint.manifest import (
     MANIFEST,
     OPTIMIZER,
     TRAINER,
     Manifest,
-    checkpoints,
     contents,
     folder_name,
     hash_file,
-    read_manifest,
 )
 from megatron_dgrpo.checkpoint.megatron import load_megatron, sharded_weights, write_megatron
+from megatron_dgrpo.checkpoint.pruning import prune
 from megatron_dgrpo.checkpoint.sharded import load_sharded, save_sharded
 from megatron_dgrpo.errors import CheckpointError, DGRPOError
 from megatron_dgrpo.model.decoder import Decoder
@@ -201,27 +199,6 @@ def load_training(decoder: Decoder, optimizer: MegatronOptimizer | None, folder:
         with decoder.groups.as_default():
             optimizer.load_state_dict(loaded)
     return trainer
-
-
-def prune(run_dir: str | Path, *, keep_last: int, keep_best: int) -> list[Path]:
-    """Remove all but the newest and the best ones (by the held-out reward); returns what was removed."""
-    found = checkpoints(run_dir)
-    scored = []
-    for path in found:
-        try:
-            score = read_manifest(path).score
-        except CheckpointError:
-            continue
-        if score is not None:
-            scored.append((score, path.name, path))
-    best = {path for _, _, path in sorted(scored, reverse=True)[:keep_best]}
-    removed = [path for path in found[keep_last:] if path not in best]
-    for path in removed:
-        doomed = aside_of(path)  # from here on it is no checkpoint, also if this is interrupted
-        shutil.rmtree(doomed, ignore_errors=True)
-        path.rename(doomed)
-        shutil.rmtree(doomed)
-    return removed
 
 
 # ---- Megatron's descriptions ---------------------------------------------------------------------------------------

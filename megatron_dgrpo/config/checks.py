@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dgrpo.config import stages
+from megatron_dgrpo.config.checkpoints import problems as checkpoint_problems
+from megatron_dgrpo.config.checkpoints import run_dir_problems
 from megatron_dgrpo.config.data import ROW_FILES, SAVED_DATASET, Dataset
 from megatron_dgrpo.config.data import problems as data_problems
 from megatron_dgrpo.config.explain import nearest
@@ -42,7 +44,7 @@ def problems(config: Config) -> list[str]:
     """What is contradictory; touches nothing outside the config."""
     rules: tuple[Callable[[Config], Iterator[str]], ...] = (
         _numbers, _model_names, _layouts, _teachers, _engines, _data, _objectives, stages.rewards, stages.batches,
-        stages.schedules, stages.lengths, stages.shaping,
+        stages.schedules, stages.lengths, stages.shaping, _checkpoints,
     )  # fmt: skip
     return [problem for rule in rules for problem in rule(config)]
 
@@ -327,20 +329,9 @@ def _data_sections(config: Config) -> list[tuple[str, Dataset]]:
     return found + ([("evaluation.data", config.evaluation.data)] if config.evaluation else [])
 
 
-_BEFORE_THE_FIRST_STEP = ("config.yaml", "environment.json", "events.jsonl", "logs")
-"""All that a run leaves that failed before it had anything to keep: it may be started again, and its logs go on."""
-
-
 def _run_dir(config: Config) -> Iterator[str]:
-    folder = Path(config.run_dir)
-    if folder.is_dir():
-        if any(entry.name not in _BEFORE_THE_FIRST_STEP for entry in folder.iterdir()):
-            yield f"run_dir: {folder} is not empty; name a new folder, or remove it if its run is not needed"
-            return
-    elif folder.exists() or folder.is_symlink():
-        yield f"run_dir: {folder} is no folder; name a new one"
-        return
-    parent = next(p for p in [folder, *folder.absolute().parents] if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        what = "cannot be written to" if parent.is_dir() else "is no folder"
-        yield f"run_dir: {folder} cannot be made: {parent} {what}; name a folder under one that you may write to"
+    return run_dir_problems(config.run_dir)
+
+
+def _checkpoints(config: Config) -> Iterator[str]:
+    return (f"checkpoints.{problem}" for problem in checkpoint_problems(config.checkpoints))

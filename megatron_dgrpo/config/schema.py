@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from megatron_dgrpo.config.checkpoints import Checkpoints, Resume
 from megatron_dgrpo.config.data import Dataset
 from megatron_dgrpo.config.frozen import Frozen
 from megatron_dgrpo.config.mismatch import Mismatch
@@ -306,8 +307,7 @@ class Config(Frozen):
     """A run."""
 
     run_dir: str
-    """Folder for everything that the run leaves behind; it must not exist or be empty, but for what a run leaves that
-    failed before its first step (config.yaml and logs)."""
+    """Folder for everything that the run leaves behind: new, or that of a run that did not get to its end and goes on."""
     seed: NonNegativeInt = 0
     threads_per_rank: PositiveInt = 1
     """CPU threads of each trainer rank."""
@@ -324,6 +324,8 @@ class Config(Frozen):
     reward_workers: PositiveInt = 2
     """Processes in which responses are scored, beside rank 0."""
     rollout: Rollout = Rollout()
+    checkpoints: Checkpoints = Checkpoints()
+    resume: Resume = Resume()
     evaluation: Evaluation | None = None
     trackers: tuple[TrackerSettings, ...] = ()
     """Where figures go beside metrics.jsonl: tensorboard, wandb, mlflow."""

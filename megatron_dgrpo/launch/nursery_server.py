@@ -245,6 +245,7 @@ class Server:
             for number in (*_IGNORED, signal.SIGCHLD, signal.SIGIO):
                 signal.signal(number, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # a word from the supervisor, for who listens to it
             self.selector.close()
             self.control.close()
             os.close(self.wake_read)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 from megatron_dgrpo.config.checks import check_files
@@ -11,6 +12,7 @@ from megatron_dgrpo.config.schema import Config
 from megatron_dgrpo.errors import ConfigError
 from megatron_dgrpo.launch.engines import check_engines, engine_args, host_names
 from megatron_dgrpo.launch.preflight import check_models
+from megatron_dgrpo.launch.resume import check_resume, finished, identities, locked
 from megatron_dgrpo.launch.supervisor import Supervisor
 from megatron_dgrpo.observe.environment import write_environment
 from megatron_dgrpo.observe.events import EventLog, run_events
@@ -24,8 +26,28 @@ def train(config: Config) -> int:
     check_files(config)
     check_models(config)
     check_engines(config, used_engines(config))
+    with locked(config.run_dir):
+        if finished(config.run_dir):
+            print(f"{config.run_dir} has a run that is finished: nothing is done. Name another run_dir for another run")
+            return 0
+        made_with = identities(config)
+        check_resume(config, made_with)
+        _run(config, made_with)
+    return 0
+
+
+def _run(config: Config, made_with: dict[str, str]) -> None:
+    started, settings = time.monotonic(), config.checkpoints
+    limit = settings.time_limit_s
     resolved = _make_run_dir(config)
-    with run_events(config.run_dir), Supervisor(config.run_dir) as supervisor:
+    with (
+        run_events(config.run_dir),
+        Supervisor(
+            config.run_dir,
+            saving_s=settings.grace_s,
+            ends_at=None if limit is None else started + limit - settings.margin_s,
+        ) as supervisor,
+    ):
         names = [name for name in used_engines(config) if not config.engines[name].addresses]
         supervisor.prepare("trainer")
         if names:
@@ -40,6 +62,8 @@ def train(config: Config) -> int:
                 "key": supervisor.key,
                 "control": supervisor.listen(),
                 "shm_prefix": supervisor.shm_prefix,
+                "requests": str(supervisor.private_dir),
+                "identities": made_with,
             },
             world_size=config.num_ranks,
             threads=config.threads_per_rank,
@@ -48,7 +72,6 @@ def train(config: Config) -> int:
             for host, path in found:
                 _start_engine(supervisor, config, name, host, path)
         supervisor.watch()
-    return 0
 
 
 def _make_run_dir(config: Config) -> Path:

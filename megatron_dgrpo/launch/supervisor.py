@@ -6,8 +6,9 @@ A run ends in one of three ways, and none leaves a process, a private file or sh
 - a process ends when it should not, and is not one that is started again (keeper.py): the others get a moment to fail
   of it, the *first* cause is found, everything is stopped, and the error names that process, how it ended and its last
   words;
-- a signal: the first one (Ctrl-C, SIGTERM, SIGHUP) raises here and leads to an orderly stop (SIGTERM, a grace,
-  SIGKILL); a second one skips the grace. SIGKILL of the supervisor itself is answered by the nurseries' servers
+- a signal: the first one (Ctrl-C, SIGTERM, SIGHUP), or a time limit that is near, raises here. Where updates are not
+  saved yet the ranks are asked to save and end (requests.py) and given time for it; then comes an orderly stop
+  (SIGTERM, a grace, SIGKILL); a second one skips both graces. SIGKILL of the supervisor itself is answered by the nurseries' servers
   (nursery_server.py).
 
 The supervisor imports no torch: it must stay small and able to act while its processes hang.
@@ -34,6 +35,7 @@ from megatron_dgrpo.errors import LaunchError
 from megatron_dgrpo.launch import nursery
 from megatron_dgrpo.launch.keeper import Keeper, Kept
 from megatron_dgrpo.launch.nursery import Child, Nursery, in_words
+from megatron_dgrpo.launch.requests import ENDED_EARLY, NUDGE, Requests
 from megatron_dgrpo.observe import progress
 from megatron_dgrpo.observe.screen import Screen
 from megatron_dgrpo.rollout.control import Listener
@@ -72,7 +74,8 @@ class Supervisor:
 
     `private_dir` (mode 0700, a short path) is for sockets; names in /dev/shm that begin with `shm_prefix` are removed
     at the end; `key` is the run's secret for its own sockets. They reach processes in their arguments, never by the
-    environment. What the process named `echo` writes to its log is shown on standard output, with how far the run is.
+    environment. SIGUSR1 asks the ranks to save and go on; `saving_s` is what saving may take before the run ends of a
+    signal, or of `ends_at` (time.monotonic()). What the process named `echo` writes to its log is shown on standard output, with how far the run is.
     """
 
     def __init__(
@@ -81,6 +84,8 @@ class Supervisor:
         *,
         echo: str | None = "rank0",
         grace_s: float = 10.0,
+        saving_s: float = 0.0,
+        ends_at: float | None = None,
         preload: Mapping[Kind, Sequence[str]] = PRELOAD,
     ) -> None:
         self.log_dir = Path(run_dir).absolute() / "logs"
@@ -89,6 +94,8 @@ class Supervisor:
         self.shm_prefix = f"dgrpo-{secrets.token_hex(6)}-"
         self.processes: list[Watched] = []
         self._grace_s, self._preload = grace_s, preload
+        self._saving_s, self._ends_at = saving_s, ends_at
+        self._save_asked = False
         self._nurseries: dict[Kind, Nursery] = {}
         self._worlds = 0
         self._keeper = Keeper(self.say)
@@ -101,6 +108,7 @@ class Supervisor:
     def __enter__(self) -> Supervisor:
         short = len(tempfile.gettempdir()) <= _LONGEST_PRIVATE_PATH
         self.private_dir = Path(tempfile.mkdtemp(prefix="dgrpo-", dir=None if short else "/tmp"))
+        self._requests = Requests(self.private_dir)
         if self._echo:
             self._screen = Screen(
                 self.log_dir.parent,
@@ -111,13 +119,18 @@ class Supervisor:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
                 self._handlers[number] = signal.signal(number, self._on_signal)
+        self._handlers[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, self._on_signal)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if isinstance(error, KeyboardInterrupt | SystemExit) and not self._stopped:
+            self._let_save()
         self.stop()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._stopping:
+        if number == signal.SIGUSR1:
+            self._save_asked = True
+        elif self._stopping:
             self._hurry = True
         elif number == signal.SIGINT:
             raise KeyboardInterrupt
@@ -229,6 +242,12 @@ class Supervisor:
             self._look()
             if self._control:
                 self._control.attend()
+            if self._save_asked:
+                self._save_asked = False
+                self._ask(end=False)
+            if self._ends_at is not None and time.monotonic() >= self._ends_at:
+                self.say("the time limit is near: the run saves and ends")
+                raise SystemExit(ENDED_EARLY)
             over = any(p.kind == "trainer" and p.child.returncode is not None for p in self.processes)
             replaced = self._keeper.tend(over=over)
             self.processes = [process for process in self.processes if process.child not in replaced]
@@ -281,6 +300,28 @@ class Supervisor:
         raise LaunchError("\n".join([*parts, f"Its last words ({first.child.log_path}):", words]))
 
     # ---- ending ----
+
+    def _ask(self, *, end: bool) -> None:
+        self._requests.ask(end=end)
+        for process in self.processes:
+            if process.child.name == "rank0":
+                process.child.kill(NUDGE)
+
+    def _let_save(self) -> None:
+        """Have the ranks save and end, where they hold what no checkpoint has."""
+        self._stopping = True
+        if not self._requests.unsaved:
+            return
+        self._ask(end=True)
+        deadline = time.monotonic() + self._saving_s
+        ranks = [process for process in self.processes if process.may_end]
+        while any(rank.child.returncode is None for rank in ranks) and not any(rank.failed for rank in ranks):
+            if self._hurry or time.monotonic() >= deadline:
+                self.say("the run did not save in time" if not self._hurry else "the run ends without saving")
+                return
+            self._look()
+            if self._control:
+                self._control.attend()
 
     def stop(self) -> None:
         """End every process: SIGTERM, the grace, SIGKILL; then remove what is private to the run."""

@@ -19,6 +19,8 @@ from typing import Any, Literal
 from megatron_dgrpo.errors import DGRPOError
 
 FILE = "events.jsonl"
+_ENDED_EARLY = 75
+"""Exit status of a run whose time was up."""
 Level = Literal["info", "warning", "error"]
 
 
@@ -86,6 +88,8 @@ def run_events(folder: str | Path) -> Iterator[EventLog]:
 def _ending(error: BaseException) -> tuple[str, str]:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", "interrupted by Ctrl-C"
+    if isinstance(error, SystemExit) and error.code == _ENDED_EARLY:
+        return "interrupted", "ended before its time limit"
     if isinstance(error, SystemExit):
         return "interrupted", f"ended by a signal (exit status {error.code})"
     return "failure", str(error) if isinstance(error, DGRPOError) else f"{type(error).__name__}: {error}"

@@ -52,6 +52,15 @@ class MetricsWriter:
         while rest:
             rest = rest[os.write(self._file, rest) :]
 
+    @property
+    def position(self) -> int:
+        """Where the file ends."""
+        return os.fstat(self._file).st_size
+
+    def sync(self) -> None:
+        """What was written survives the machine."""
+        os.fsync(self._file)
+
     def close(self) -> None:
         os.close(self._file)
 

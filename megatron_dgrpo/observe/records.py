@@ -93,6 +93,14 @@ class Records:
         """Called by a tracker's own thread."""
         self.note(words, kind="tracker", level="warning")
 
+    def positions(self) -> dict[str, int]:
+        """Where the files end."""
+        events = self._events.path
+        return {"metrics": self._writer.position, "events": events.stat().st_size if events.exists() else 0}
+
+    def sync(self) -> None:
+        self._writer.sync()
+
     def close(self) -> None:
         for tracked in self._tracked:
             tracked.close()

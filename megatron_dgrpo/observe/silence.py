@@ -23,6 +23,18 @@ class SilentSteps:
         self._count = self._equal = 0
         self._next, self._next_equal = _AFTER, _AFTER_TAUGHT
 
+    def state(self) -> dict[str, int]:
+        return {
+            "count": self._count,
+            "equal": self._equal,
+            "next": self._next,
+            "next_equal": self._next_equal,
+        }
+
+    def restore(self, state: Mapping[str, int]) -> None:
+        self._count, self._equal = state["count"], state["equal"]
+        self._next, self._next_equal = state["next"], state["next_equal"]
+
     def observe(self, facts: Mapping[str, float], factors: Mapping[str, float]) -> str | None:
         """What to tell after a step with these figures and these factors of its terms; mostly nothing."""
         if facts["equal_groups"] < facts["groups"]:

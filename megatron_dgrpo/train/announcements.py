@@ -19,8 +19,9 @@ import torch.distributed as dist
 from megatron_dgrpo.errors import RolloutError
 from megatron_dgrpo.rollout.codec import decode, encode
 from megatron_dgrpo.rollout.messages import Chunk, WeightsWanted
+from megatron_dgrpo.train.orders import Order
 
-Announcement = Chunk | WeightsWanted
+Announcement = Chunk | WeightsWanted | Order
 
 
 class Announcements:
@@ -49,7 +50,7 @@ class Announcements:
         if self._store.add(f"{key}/read", 1) == self._num_readers:  # the last one clears up
             self._store.delete_key(key)
             self._store.delete_key(f"{key}/read")
-        assert isinstance(message, Chunk | WeightsWanted)
+        assert isinstance(message, Announcement)
         return message
 
     def _key(self) -> str:

@@ -46,7 +46,11 @@ def chunks(
     last = False
     while not last:
         with phases("generate"):
-            chunk = run.share(next(source) if source is not None else None, patience_s(run, stage.engine))
+            mine = None
+            if source is not None and run.waiting is not None:
+                with run.waiting():
+                    mine = next(source)
+            chunk = run.share(mine, patience_s(run, stage.engine))
         last = chunk.last
         yield [trajectory for group in chunk.groups for trajectory in group.trajectories]
 

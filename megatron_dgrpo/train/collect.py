@@ -79,8 +79,8 @@ def scored_groups(run: Run, asked: Asked, phases: Phases) -> Iterator[Group]:
 def collect(run: Run, asked: Asked, phases: Phases) -> list[Trajectory]:
     """The trajectories of all rows, row by row, on rank 0. The others wait until they are there, and get none."""
     groups: dict[str, Group] = {}
-    if run.engines is not None:
-        with phases("generate"):
+    if run.waiting is not None:
+        with phases("generate"), run.waiting():
             groups = {group.prompt_id: group for group in scored_groups(run, asked, phases)}
     run.share(Chunk((), last=True) if groups else None, patience_s(run, asked.engine))
     return [trajectory for row in asked.rows for trajectory in groups[row.name].trajectories] if groups else []

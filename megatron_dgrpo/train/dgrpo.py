@@ -19,14 +19,14 @@ from megatron_dgrpo.packing.trajectory import Trajectory
 from megatron_dgrpo.packing.trees import trees
 from megatron_dgrpo.rollout.journal import Trained
 from megatron_dgrpo.train.chunks import chunks
-from megatron_dgrpo.train.evaluation import evaluate
 from megatron_dgrpo.train.preflight import check_update
 from megatron_dgrpo.train.run import Run
+from megatron_dgrpo.train.saving import Progress
 from megatron_dgrpo.train.tally import Tally, check_schedule
 from megatron_dgrpo.train.update import Gradients, Work, old_logprobs
 
 
-def run_dgrpo(run: Run, stage: DGRPO, number: int) -> None:
+def run_dgrpo(run: Run, stage: DGRPO, number: int, progress: Progress) -> None:
     student = run.trained
     check_schedule(stage)
     prompts = run.prompts(stage, number)
@@ -35,8 +35,7 @@ def run_dgrpo(run: Run, stage: DGRPO, number: int) -> None:
     student.start_optimizer(stage.optimizer)
     if note := shaping_note(stage):
         run.note(note)
-    evaluate(run, number, 0)
-    for step in range(1, stage.steps + 1):
+    for step in progress.steps(number, {"data": prompts, "factors": factors, "silent": silent}):
         run.begin(number, step)
         phases = Phases()
         with phases("sync"):
@@ -65,7 +64,6 @@ def run_dgrpo(run: Run, stage: DGRPO, number: int) -> None:
         if words := silent.observe(tally.facts, factors.at(step - 1)):
             run.note(words, kind="silence", level="warning")
         factors.observe({name: float(np.mean([m[name] for m in seen if name in m])) for name in seen[-1]})
-        evaluate(run, number, step)
 
 
 def _updates(

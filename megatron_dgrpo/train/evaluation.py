@@ -12,14 +12,15 @@ EVALUATION_SEED = 7919
 """Held-out responses are drawn with seeds of their own, so that evaluating more or less often changes no training."""
 
 
-def evaluate(run: Run, stage: int, step: int) -> None:
-    """Evaluate if it is due: before the first step, after the last one, and every so many between."""
+def evaluate(run: Run, stage: int, step: int) -> float | None:
+    """Evaluate if it is due: before the first step, after the last one, and every so many between. Returns the mean
+    reward on rank 0."""
     settings = run.config.evaluation
     if settings is None:
-        return
+        return None
     last = run.config.stages[stage].steps
     if not (step in (0, last) or (settings.every and step % settings.every == 0)):
-        return
+        return None
     phases = Phases()
     with phases("sync"):
         run.sync(settings.engine)
@@ -35,7 +36,7 @@ def evaluate(run: Run, stage: int, step: int) -> None:
     )
     trajectories = collect(run, asked, phases)
     if not trajectories:  # not rank 0, which reports
-        return
+        return None
     rewards_B = totals(trajectories, settings.rewards)
     values = {
         "heldout/reward": float(rewards_B.mean()),
@@ -45,3 +46,4 @@ def evaluate(run: Run, stage: int, step: int) -> None:
         **{f"heldout/{name}": count for name, count in run.reward_failures().items()},
     }
     run.report(stage, step, values, phases=phases)
+    return values["heldout/reward"]

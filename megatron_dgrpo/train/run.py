@@ -49,6 +49,7 @@ from megatron_dgrpo.rollout.transfer import push_weights
 from megatron_dgrpo.teacher.frozen import FrozenTeacher, load_teacher
 from megatron_dgrpo.train.announcements import Announcements
 from megatron_dgrpo.train.engines import Engines
+from megatron_dgrpo.train.orders import Ended, Order, Waiting
 from megatron_dgrpo.train.student import Student, load_student
 from megatron_dgrpo.train.teachers import Teachers
 
@@ -71,6 +72,7 @@ class Run:
     rewards: RewardPool | None = None  # on rank 0
     teacher_groups: tuple[Groups, ...] = ()
     teachers: Teachers | None = None
+    waiting: Waiting | None = None  # on rank 0
     versions: dict[str, int] = field(default_factory=dict)  # of the weights that each engine has
     version: int = 0  # of the student's weights: the number of updates so far
     _failed: dict[str, float] = field(default_factory=dict)  # of rewards, since it was last asked for
@@ -278,8 +280,20 @@ class Run:
                 case WeightsWanted(engine):
                     if self.student is not None:
                         self._give(engine, everywhere=False)
+                case Order() as order:  # to end, in place of the chunk
+                    raise Ended(order)
                 case Chunk() as chunk:
                     return chunk
+
+    def say_order(self, order: Order) -> None:
+        """On rank 0, at the end of a step, or in place of a chunk."""
+        self._announcements.say(order)
+
+    def hear_order(self) -> Order:
+        """On every other rank, at the end of a step."""
+        order = self._announcements.hear(self.config.collective_timeout_s)
+        assert isinstance(order, Order)
+        return order
 
     def export(self, target: Path) -> None:
         dtype = DTYPES[self.model.dtype]

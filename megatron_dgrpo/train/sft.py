@@ -7,18 +7,17 @@ from megatron_dgrpo.config.schema import SFT
 from megatron_dgrpo.data.supervised import example
 from megatron_dgrpo.observe.timers import Phases
 from megatron_dgrpo.packing.trees import documents
-from megatron_dgrpo.train.evaluation import evaluate
 from megatron_dgrpo.train.run import Run
+from megatron_dgrpo.train.saving import Progress
 from megatron_dgrpo.train.update import Work, compute_gradients
 
 
-def run_sft(run: Run, stage: SFT, number: int) -> None:
+def run_sft(run: Run, stage: SFT, number: int, progress: Progress) -> None:
     rows = run.prompts(stage, number)
     student = run.trained
     loss, factors = sft_loss()
     student.start_optimizer(stage.optimizer)
-    evaluate(run, number, 0)
-    for step in range(1, stage.steps + 1):
+    for step in progress.steps(number, {"data": rows}):
         run.begin(number, step)
         phases = Phases()
         with phases("pack"):
@@ -33,4 +32,3 @@ def run_sft(run: Run, stage: SFT, number: int) -> None:
             run.version += 1
         tokens = float(sum(len(e.prompt_tokens) + e.num_loss_tokens for e in examples))
         run.report(number, step, facts | batch.facts | {"tokens": tokens} | metrics, phases=phases)
-        evaluate(run, number, step)

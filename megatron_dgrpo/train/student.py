@@ -67,6 +67,17 @@ class Student:
         assert self._optimizer is not None, "start_optimizer comes first"
         return self._optimizer
 
+    @property
+    def updates(self) -> int:
+        """Of this stage: the learning rate follows them."""
+        return self._updates
+
+    def resume(self, updates: int) -> None:
+        """The weights, and the optimizer's state where updates were made, came from a checkpoint."""
+        self._updates = updates
+        if not updates:
+            self.optimizer.reload_model_params()  # master weights were made of what the model held before
+
     def zero_grad(self) -> None:
         for part in self.wrapped:
             part.zero_grad_buffer()

@@ -13,6 +13,7 @@ from megatron_dgrpo.config.loader import load
 from megatron_dgrpo.config.schema import DGRPO, SFT, Config, Layout
 from megatron_dgrpo.data.tokenizer import Tokenizer
 from megatron_dgrpo.launch.rendezvous import join_world
+from megatron_dgrpo.launch.requests import Requests
 from megatron_dgrpo.observe.records import Records
 from megatron_dgrpo.observe.trackers import trackers
 from megatron_dgrpo.parallel import platform
@@ -22,31 +23,47 @@ from megatron_dgrpo.rollout.journal import Journal
 from megatron_dgrpo.train.assist import assist
 from megatron_dgrpo.train.dgrpo import run_dgrpo
 from megatron_dgrpo.train.engines import Engines
+from megatron_dgrpo.train.orders import Ended, Waiting
+from megatron_dgrpo.train.resuming import cut_records, find
 from megatron_dgrpo.train.run import Run, load_run_student
+from megatron_dgrpo.train.saving import Progress
 from megatron_dgrpo.train.sft import run_sft
 
 
-def main(*, config_path: str, engines: Mapping[str, Sequence[str]], key: str, control: str, shm_prefix: str) -> None:
+def main(
+    *,
+    config_path: str,
+    engines: Mapping[str, Sequence[str]],
+    key: str,
+    control: str,
+    shm_prefix: str,
+    requests: str,
+    identities: Mapping[str, str],
+) -> None:
     """Target of the supervisor. `engines` are the addresses of the engine hosts that it starts, replica by replica,
-    `control` its own."""
+    `control` its own, `requests` the folder of what it asks for, `identities` what the run is made with."""
     config = load(config_path)
     torch.set_num_threads(config.threads_per_rank)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     store = join_world(backend=platform.backend(), timeout_s=config.collective_timeout_s)
-    run = _build(config, store, Engines(config, engines, key, control), shm_prefix)
-    for number, stage in enumerate(config.stages):
-        match stage:
-            case _ if run.student is None:
-                assist(run, stage, number)
-            case SFT():
-                run_sft(run, stage, number)
-            case DGRPO():
-                run_dgrpo(run, stage, number)
-    target = Path(config.run_dir) / "hf"
-    if run.student is not None:
-        run.export(target)
-    run.note(f"exported to {target}")
+    resumed = find(config.run_dir)
+    said = cut_records(config.run_dir, resumed) if dist.get_rank() == 0 else []
+    run = _build(config, store, Engines(config, engines, key, control), shm_prefix, requests)
+    for words in said:
+        run.note(words, kind="resume", level="warning" if "not whole" in words else "info")
+    progress = Progress(run, resumed, identities)
+    try:
+        for number in range(progress.first_stage, len(config.stages)):
+            _stage(run, number, progress)
+    except Ended as ended:
+        progress.end(ended)
+    else:
+        progress.finish()
+        target = Path(config.run_dir) / "hf"
+        if run.student is not None:
+            run.export(target)
+        run.note(f"exported to {target}")
     if run.records is not None:
         run.records.close()
     dist.barrier()  # the engines end with this process, and no rank may still need them
@@ -55,7 +72,17 @@ def main(*, config_path: str, engines: Mapping[str, Sequence[str]], key: str, co
         run.rewards.close()
 
 
-def _build(config: Config, store: dist.Store, engines: Engines, shm_prefix: str) -> Run:
+def _stage(run: Run, number: int, progress: Progress) -> None:
+    match run.config.stages[number]:
+        case stage if run.student is None:
+            assist(run, stage, number, progress)
+        case SFT() as stage:
+            run_sft(run, stage, number, progress)
+        case DGRPO() as stage:
+            run_dgrpo(run, stage, number, progress)
+
+
+def _build(config: Config, store: dist.Store, engines: Engines, shm_prefix: str, requests: str) -> Run:
     model = config.models[config.student]
     groups = _groups(model.layout, config)
     teacher_groups = tuple(
@@ -78,6 +105,7 @@ def _build(config: Config, store: dist.Store, engines: Engines, shm_prefix: str)
         shm_prefix=shm_prefix,
         rewards=RewardPool(config.reward_workers, log_dir=Path(config.run_dir) / "logs") if first else None,
         teacher_groups=teacher_groups,
+        waiting=Waiting(Requests(requests)) if first else None,
     )
 
 

@@ -50,12 +50,12 @@ def test_the_adaptive_factor_follows_what_the_estimator_reports(settings, name, 
 def test_the_state_goes_on_where_it_was():
     first, second = factors_of(beta=ADAPTIVE), factors_of(beta=ADAPTIVE)
     first.observe({"teacher_kl/kl": 1.0})
-    second.load(first.state())
+    second.restore(first.state())
     assert second.at(0) == first.at(0) != factors_of(beta=ADAPTIVE).at(0)
     with pytest.raises(ConfigError, match="saved with another schedule"):
-        factors_of().load(first.state())
+        factors_of().restore(first.state())
     with pytest.raises(ConfigError, match="resume"):
-        second.load({})
+        second.restore({})
 
 
 def test_the_objectives_settings_reach_terms_and_heads():

@@ -1,0 +1,54 @@
+"""Checkpoints that go: old ones are removed, damaged ones are set aside. Imports no torch.
+
+A folder that is to be removed is renamed first, so that it is a whole checkpoint or none, also after a kill.
+"""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from pathlib import Path
+
+from megatron_dgrpo.checkpoint.manifest import checkpoints, read_manifest
+from megatron_dgrpo.errors import CheckpointError
+
+
+def aside_of(target: Path) -> Path:
+    """The name of a folder that is being written or removed."""
+    return target.with_name(f".{target.name}.partial")
+
+
+def prune(run_dir: str | Path, *, keep_last: int, keep_best: int) -> list[Path]:
+    """Remove all but the newest and the best ones (by the held-out reward); returns what was removed."""
+    found = checkpoints(run_dir)
+    scored = []
+    for path in found:
+        try:
+            score = read_manifest(path).score
+        except CheckpointError:
+            continue
+        if score is not None:
+            scored.append((score, path.name, path))
+    best = {path for _, _, path in sorted(scored, reverse=True)[:keep_best]}
+    removed = [path for path in found[keep_last:] if path not in best]
+    for path in removed:
+        doomed = aside_of(path)  # from here on it is no checkpoint, also if this is interrupted
+        shutil.rmtree(doomed, ignore_errors=True)
+        path.rename(doomed)
+        shutil.rmtree(doomed)
+    return removed
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename a damaged checkpoint, so that nobody takes it for one; returns its new name."""
+    for number in itertools.count(1):
+        target = folder.with_name(f"{folder.name}.damaged{'' if number == 1 else f'-{number}'}")
+        if not target.exists():
+            folder.rename(target)
+            return target
+    raise AssertionError("unreachable")
+
+
+def damaged(run_dir: str | Path) -> list[Path]:
+    """Those that were set aside."""
+    return sorted(path for path in (Path(run_dir) / "checkpoints").glob("*.damaged*") if path.is_dir())
