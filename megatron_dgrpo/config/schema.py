@@ -307,7 +307,7 @@ class Config(Frozen):
     """A run."""
 
     run_dir: str
-    """Folder for everything that the run leaves behind: new, or that of a run that did not get to its end and goes on."""
+    """Folder for everything that the run leaves behind: a new one, or that of a run that is to go on."""
     seed: NonNegativeInt = 0
     threads_per_rank: PositiveInt = 1
     """CPU threads of each trainer rank."""

@@ -8,8 +8,8 @@ A run ends in one of three ways, and none leaves a process, a private file or sh
   words;
 - a signal: the first one (Ctrl-C, SIGTERM, SIGHUP), or a time limit that is near, raises here. Where updates are not
   saved yet the ranks are asked to save and end (requests.py) and given time for it; then comes an orderly stop
-  (SIGTERM, a grace, SIGKILL); a second one skips both graces. SIGKILL of the supervisor itself is answered by the nurseries' servers
-  (nursery_server.py).
+  (SIGTERM, a grace, SIGKILL); a second one skips both graces. SIGKILL of the supervisor itself is answered by the
+  nurseries' servers (nursery_server.py).
 
 The supervisor imports no torch: it must stay small and able to act while its processes hang.
 """
@@ -26,21 +26,20 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, Literal
+from typing import Any
 
 from megatron_dgrpo.errors import LaunchError
 from megatron_dgrpo.launch import nursery
 from megatron_dgrpo.launch.keeper import Keeper, Kept
-from megatron_dgrpo.launch.nursery import Child, Nursery, in_words
+from megatron_dgrpo.launch.nursery import Child, Nursery
 from megatron_dgrpo.launch.requests import ENDED_EARLY, NUDGE, Requests
+from megatron_dgrpo.launch.watched import Kind, Watched, hint, how_early
 from megatron_dgrpo.observe import progress
 from megatron_dgrpo.observe.screen import Screen
 from megatron_dgrpo.rollout.control import Listener
 
-Kind = Literal["trainer", "engine"]
 PRELOAD: Mapping[Kind, Sequence[str]] = {"trainer": nursery.TRAINER_PRELOAD, "engine": nursery.ENGINE_PRELOAD}
 _ENV: dict[Kind, dict[str, str]] = {"trainer": {}, "engine": nursery.ENGINE_ENV}
 _SETTLE_S = 1.5
@@ -49,33 +48,14 @@ _LONGEST_PRIVATE_PATH = 60
 """A Unix socket's whole path may have 107 bytes."""
 
 
-@dataclass(frozen=True)
-class Watched:
-    child: Child
-    kind: Kind
-
-    @property
-    def may_end(self) -> bool:
-        """Whether ending with status 0, before it is told to, is no failure."""
-        return self.kind == "trainer"
-
-    @property
-    def failed(self) -> bool:
-        status = self.child.returncode
-        return status is not None and not (self.may_end and status == 0)
-
-    def describe(self) -> str:
-        role = "trainer rank" if self.kind == "trainer" else "engine host"
-        return f"{self.child.name} ({role}, pid {self.child.pid}) {in_words(self.child.returncode or 0)}"
-
-
 class Supervisor:
     """Use as a context manager, in the main thread (it takes over SIGINT, SIGTERM and SIGHUP while it lives).
 
     `private_dir` (mode 0700, a short path) is for sockets; names in /dev/shm that begin with `shm_prefix` are removed
     at the end; `key` is the run's secret for its own sockets. They reach processes in their arguments, never by the
-    environment. SIGUSR1 asks the ranks to save and go on; `saving_s` is what saving may take before the run ends of a
-    signal, or of `ends_at` (time.monotonic()). What the process named `echo` writes to its log is shown on standard output, with how far the run is.
+    environment. What the process named `echo` writes to its log is shown on standard output, with how far the run is.
+    SIGUSR1 asks the ranks to save and go on; `saving_s` is what saving may take before the run ends of a signal, or of
+    `ends_at` (time.monotonic()).
     """
 
     def __init__(
@@ -285,7 +265,7 @@ class Supervisor:
         deadline = time.monotonic() + _SETTLE_S
         while time.monotonic() < deadline and any(p.child.returncode is None for p in self.processes):
             self._look()
-        ended = sorted(self._failed(), key=_how_early)
+        ended = sorted(self._failed(), key=how_early)
         dead_servers = [server for server in self._nurseries.values() if not server.alive]
         if not self._fatal() and not dead_servers:
             return
@@ -293,7 +273,7 @@ class Supervisor:
         if dead_servers:
             raise LaunchError("\n".join(server.obituary() for server in dead_servers))
         first, *rest = ended
-        parts = [f"{first.describe()}; the run is stopped.{self._keeper.history(first.child)}{_hint(first.child)}"]
+        parts = [f"{first.describe()}; the run is stopped.{self._keeper.history(first.child)}{hint(first.child)}"]
         if rest:
             parts.append(f"After it: {', '.join(process.describe() for process in rest)}.")
         words = first.child.last_words() or "(nothing)"
@@ -356,17 +336,3 @@ class Supervisor:
             child.kill(signal.SIGUSR1)
         if hanging:
             time.sleep(0.3)
-
-
-def _how_early(process: Watched) -> tuple[bool, float]:
-    """Deaths by a signal first (but SIGABRT: so libraries end their process when another one is gone), then by time."""
-    status = process.child.returncode or 0
-    return status >= 0 or status == -signal.SIGABRT, process.child.died_at or 0.0
-
-
-def _hint(child: Child) -> str:
-    if child.returncode == -signal.SIGKILL:
-        return " Nobody in the run sends SIGKILL before it ends: see `dmesg` for the kernel's out-of-memory killer."
-    if child.returncode == 0:
-        return " It ended of itself, before it was told to."
-    return ""

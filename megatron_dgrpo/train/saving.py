@@ -1,8 +1,8 @@
 """The steps of a run's stages, and what is kept of them: `Progress` counts, saves, ends and goes on.
 
-The moment after a step's update, with everything that the next one goes on from, is marked in memory (numbers and text;
-the weights are the student's own). A checkpoint is written of the last moment: at the end of a step, or, when a batch is
-given up, of the step before it: weights have not moved since. So data, factors and random states are those of
+The moment after a step's update, with everything that the next one goes on from, is marked in memory (numbers and
+text; the weights are the student's own). A checkpoint is written of the last moment: at the end of a step, or, when a
+batch is given up, of the step before it: weights have not moved since. So data, factors and random states are those of
 the weights, whenever a save is asked for.
 
 Before an evaluation there is a moment of its own: a run that ends in one saves that it is still to be done. Every rank

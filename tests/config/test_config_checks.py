@@ -391,11 +391,19 @@ def test_run_dir(folder: Path) -> None:
     assert file_problems(spoilt()) == []  # a run that failed before its first step may be tried again
     (folder / "runs" / "first" / "metrics.jsonl").write_text("{}")
     (problem,) = file_problems(spoilt())
-    assert problem.startswith("run_dir: runs/first is not empty; name a new folder")
+    assert problem.startswith("run_dir: runs/first is not empty, and no run's folder")
+    (folder / "runs" / "first" / "environment.json").write_text("{}")
+    assert file_problems(spoilt()) == []  # it goes on
     (problem,) = file_problems(spoilt(("run_dir", "data/train.jsonl")))
     assert problem.startswith("run_dir: data/train.jsonl is no folder")
     (problem,) = file_problems(spoilt(("run_dir", "data/train.jsonl/below")))
     assert "cannot be made" in problem and "train.jsonl is no folder" in problem
+
+
+def test_the_time_limit_leaves_room_for_saving() -> None:
+    problem = only(("checkpoints.time_limit_s", 200))
+    assert problem.startswith("checkpoints.margin_s: 300 leaves nothing of time_limit_s=200")
+    assert not problems(spoilt(("checkpoints.time_limit_s", 200), ("checkpoints.margin_s", 60)))
 
 
 def test_corrections_and_limits_of_the_mismatch() -> None:
