@@ -68,6 +68,22 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--out", metavar="FILE", type=Path, help="where to write it (RUN/report.html)")
     report.set_defaults(run=_report)
 
+    checkpoints = commands.add_parser(
+        "checkpoints",
+        help="list, verify, prune and export the checkpoints of a run",
+        description="List a run's checkpoints, the newest first. Exit status 1 when one is not whole.",
+    )
+    checkpoints.add_argument("folder", metavar="RUN", type=Path, help="the run's folder (run_dir)")
+    checkpoints.add_argument("--verify", action="store_true", help="read and hash every file")
+    checkpoints.add_argument(
+        "--prune", metavar="N", type=int, help="remove all but the newest N; the run must not go on"
+    )
+    checkpoints.add_argument(
+        "--export", metavar="NAME", help="write one (its name, newest or best) as a Hugging Face folder to --out"
+    )
+    checkpoints.add_argument("--out", metavar="DIR", type=Path, help="of --export; must not exist")
+    checkpoints.set_defaults(run=_checkpoints)
+
     demo = commands.add_parser(
         "demo",
         help="train a tiny student by dGRPO with a real engine, in minutes on two cores",
@@ -136,6 +152,12 @@ def _report(options: argparse.Namespace) -> int:
 
     print(report(options.folder, options.out))
     return OK
+
+
+def _checkpoints(options: argparse.Namespace) -> int:
+    from megatron_dgrpo.launch.checkpoints import checkpoints
+
+    return checkpoints(options.folder, options.verify, options.prune, options.export, options.out)
 
 
 def _demo(options: argparse.Namespace) -> int:

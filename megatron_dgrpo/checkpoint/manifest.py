@@ -93,6 +93,8 @@ def read_manifest(folder: Path) -> Manifest:
         return Manifest(files=files, **found)
     except FileNotFoundError:
         raise CheckpointError(f"{folder} is no whole checkpoint: {MANIFEST} is missing, it was half copied") from None
+    except OtherFormatError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder / MANIFEST} is damaged ({error!r})") from None
 

@@ -5,7 +5,6 @@ Every run here is a real one: ranks at TP2, a vLLM engine, a teacher, weight tra
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -133,6 +132,7 @@ def _said(run_dir: Path, kind: str) -> list[str]:
     return [event["words"] for event in read_events(run_dir / "events.jsonl").records if event["kind"] == kind]
 
 
+@pytest.mark.long
 def test_a_run_that_is_killed_in_a_step_and_in_a_save_ends_as_if_it_had_not_been(
     files: Path, unbroken: Path, tmp_path: Path
 ) -> None:
@@ -158,3 +158,126 @@ def test_a_run_that_is_killed_in_a_step_and_in_a_save_ends_as_if_it_had_not_been
     assert not list((run_dir / "checkpoints").glob(".*"))
     out, _ = _ends(_start(tmp_path, _config(files, run_dir)))
     assert "finished: nothing is done" in out
+
+
+def _family(process: subprocess.Popen[str]) -> set[int]:
+    pending, found = [process.pid], set[int]()
+    while pending:
+        for task in Path(f"/proc/{pending.pop()}/task").glob("*/children"):
+            pending += map(int, task.read_text().split())
+        found |= set(pending)
+    return found
+
+
+def _engine_of(process: subprocess.Popen[str]) -> int:
+    """The engine host below a supervisor."""
+    (engine,) = [pid for pid in _family(process) if Path(f"/proc/{pid}/comm").read_text().strip() == "engine-rollout"]
+    return engine
+
+
+@pytest.mark.long
+def test_a_run_that_is_told_to_end_in_a_batch_and_whose_checkpoint_is_damaged(
+    files: Path, unbroken: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    config = _config(files, run_dir, checkpoints={"every": 0})
+    first = _start(tmp_path, config)
+    _wait(first, (run_dir / "logs/rank0.log").exists, "no rank")
+    _, refused = _ends(_start(tmp_path, config), 1)
+    assert f"is in use: process {first.pid} on" in refused
+
+    _wait(first, _wrote(run_dir, '"stage_number": 1, "step": 1, "update": 1'), "no first step")
+    first.send_signal(signal.SIGUSR1)
+    _wait(first, (run_dir / "rollouts/01-000003.rollouts").exists, "no third step")
+    os.kill(_engine_of(first), signal.SIGSTOP)  # it never answers
+    first.send_signal(signal.SIGTERM)
+    _ends(first, 128 + signal.SIGTERM)
+    newest, older = checkpoints(run_dir)
+    assert newest.name in ("01-000002", "01-000003") and verify(newest) == [], "the last step is saved"
+    assert older.name in ("01-000001", "01-000002") and verify(older) == [], "what SIGUSR1 asked for"
+    assert len(_said(run_dir, "interrupted")) == len(_said(run_dir, "end early")) == 1
+
+    _, refused = _ends(_start(tmp_path, config, f"models.teacher.path={files / 'student'}"), 2)
+    assert "- models.teacher.path\n" in refused and "resume.allow=[models.teacher.path]" in refused
+    _, refused = _ends(_start(tmp_path, config, "stages.0.steps=1", "seed=3"), 2)
+    assert "resume.allow=[seed, stages.0]" in refused
+
+    (weights, *_) = sorted((newest / "weights").glob("*.distcp"))
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    _ends(_start(tmp_path, config))
+    _same(run_dir, unbroken)
+    told = _said(run_dir, "resume")
+    assert any(
+        f"{newest.name} is not whole" in words and f"weights/{weights.name}: its contents" in words for words in told
+    )
+    assert f"goes on from checkpoint {older.name}" in told
+    assert newest.with_name(f"{newest.name}.damaged").is_dir()
+
+
+@pytest.mark.long
+def test_at_another_layout_the_next_step_has_the_same_loss_on_the_same_trajectories(
+    files: Path, unbroken: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(unbroken, run_dir)
+    shutil.rmtree(run_dir / "hf")
+    shutil.rmtree(run_dir / "checkpoints/01-000004")
+    config = _config(files, run_dir)
+    for model in config["models"].values():
+        model["layout"] = {"dp": 2}
+    _ends(_start(tmp_path, config))
+    ours, theirs = (
+        next(r for r in _figures(folder) if (r["stage_number"], r["step"], r.get("update")) == (*LAST, 1))
+        for folder in (run_dir, unbroken)
+    )
+    same = ("tokens", "samples", "reward/mean", "response_length/mean", "teacher_kl/factor", "lr")
+    assert [ours.get(name) for name in same] == [theirs.get(name) for name in same]
+    close = [name for name in theirs if name.endswith(("loss", "grad_norm", "/kl", "/value", "entropy"))]
+    assert len(close) > 3, sorted(theirs)
+    for name in close:
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-6, abs=1e-6), name
+
+
+# ---- SFT alone: no engine ----
+
+
+def _sft(files: Path, run_dir: Path, **checkpoints: Any) -> dict[str, Any]:
+    config = _config(files, run_dir, checkpoints=checkpoints)
+    config["stages"] = [config["stages"][0] | {"steps": 100_000}]
+    config["models"] = {"student": config["models"]["student"] | {"layout": {}}}
+    return config | {"teachers": [], "engines": {}, "evaluation": None}
+
+
+def test_a_disk_that_takes_no_checkpoint_stops_saving_and_not_training(files: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    process = _start(tmp_path, _sft(files, run_dir, every=3))
+    _wait(process, (run_dir / "config.yaml").exists, "no run folder")
+    (run_dir / "checkpoints").write_text("in the way")
+    _wait(process, _wrote(run_dir, '"step": 20'), "training ended")
+    process.send_signal(signal.SIGINT)
+    _ends(process, 130)
+    assert len(_said(run_dir, "checkpoint")) >= 3
+    assert all("no checkpoint was written, training goes on" in words for words in _said(run_dir, "checkpoint"))
+
+
+def test_a_run_saves_and_ends_before_its_time_limit_and_a_rank_that_hangs_does_not_hold_it(
+    files: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    limit = {"every": 0, "time_limit_s": 3600}
+    _ends(_start(tmp_path, _sft(files, run_dir, **limit, margin_s=3570)), 75)
+    (first,) = checkpoints(run_dir)
+    assert verify(first) == [] and "ended before its time limit" in _said(run_dir, "interrupted")
+    process = _start(tmp_path, _sft(files, run_dir, **limit, grace_s=1000))
+    seen = len(_figures(run_dir))
+    _wait(process, lambda: len(_figures(run_dir)) > seen, "it does not go on")
+    assert [record["step"] for record in _figures(run_dir)] == list(range(1, len(_figures(run_dir)) + 1))
+    (rank,) = [pid for pid in _family(process) if Path(f"/proc/{pid}/comm").read_text().strip() == "rank0"]
+    os.kill(rank, signal.SIGSTOP)
+    process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)  # not to wait for it
+    _ends(process, 130)
+    assert checkpoints(run_dir) == [first]
