@@ -102,8 +102,8 @@ def test_a_run_from_its_start_to_an_exported_folder(files: Path, tmp_path: Path)
     assert kept <= {path.name for path in run_dir.iterdir()}
     last = [r for r in updates if "time/step" in r]
     assert [r["step"] for r in last] == [1, 2, 3, 1] and all(r["time/train"] > 0 for r in last)
-    found = [(event["kind"], event.get("stage_number")) for event in read_events(run_dir / "events.jsonl").records]
-    assert found == [("start", None), ("note", 2), ("end", None)], "the note is that it was exported"
+    found = [event["kind"] for event in read_events(run_dir / "events.jsonl").records]
+    assert sorted(found) == ["checkpoint"] * 3 + ["end", "note", "start"], "each stage's end; where it was exported"
     _loads_in_transformers_and_differs(run_dir / "hf", files / "student")
     assert not list(Path("/dev/shm").glob("dgrpo-*"))
 
@@ -258,7 +258,8 @@ def test_ctrl_c_leaves_no_process(running: tuple[subprocess.Popen[str], Path]) -
     assert process.wait(60) == 130
     _wait(lambda: not _alive(family), 20, "processes are left after Ctrl-C")
     assert "interrupted" in process.stderr.read()
-    assert [event["kind"] for event in read_events(run_dir / "events.jsonl").records] == ["start", "interrupted"]
+    kinds = [event["kind"] for event in read_events(run_dir / "events.jsonl").records]
+    assert kinds[0] == "start" and kinds[-3:] == ["checkpoint", "end early", "interrupted"]
 
 
 def test_sigkill_of_the_supervisor_leaves_no_process(running: tuple[subprocess.Popen[str], Path]) -> None:

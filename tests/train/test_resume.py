@@ -232,11 +232,14 @@ def test_at_another_layout_the_next_step_has_the_same_loss_on_the_same_trajector
         next(r for r in _figures(folder) if (r["stage_number"], r["step"], r.get("update")) == (*LAST, 1))
         for folder in (run_dir, unbroken)
     )
-    same = ("tokens", "samples", "reward/mean", "response_length/mean", "teacher_kl/factor", "lr")
-    assert [ours.get(name) for name in same] == [theirs.get(name) for name in same]
-    close = [name for name in theirs if name.endswith(("loss", "grad_norm", "/kl", "/value", "entropy"))]
-    assert len(close) > 3, sorted(theirs)
-    for name in close:
+    assert ours.keys() == theirs.keys()
+    exact = [name for name in theirs if name.startswith(("reward/", "tokens", "length", "groups", "advantage"))]
+    assert "reward/mean" in exact and all(ours[name] == theirs[name] for name in exact), "the same trajectories"
+    figures = [
+        name for name in theirs if name.startswith(("loss", "surrogate/", "teacher_kl/", "grad_norm", "entropy"))
+    ]
+    assert {"grad_norm", "teacher_kl/kl", "surrogate/ratio"} <= set(figures), sorted(theirs)
+    for name in figures:
         assert ours[name] == pytest.approx(theirs[name], rel=1e-6, abs=1e-6), name
 
 
