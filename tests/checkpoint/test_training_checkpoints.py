@@ -192,6 +192,32 @@ def test_a_save_that_fails_is_told_and_the_next_may_succeed(tmp_path: Path, fold
     assert [path.name for path in checkpoints(tmp_path)] == ["00-000002"]
 
 
+def _fail_to_write(rank: int, world: int, folder: str, run: str) -> Any:
+    import resource
+
+    from megatron_dgrpo.checkpoint.training import Saver
+
+    student = _student(folder, {"tp": 2}, "float32")
+    _steps(student, 0, 1)
+    saver = Saver(student.decoder, run, folder, keep_last=1)
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))  # the kernel refuses to write on, as on a full disk
+    saver.save(student.optimizer, {}, _manifest(1))
+    first = saver.wait()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    saver.save(student.optimizer, {}, _manifest(2))
+    second = saver.wait()
+    return (first.failure if first else None), (second.failure if second else None)
+
+
+def test_a_rank_that_cannot_write_on_is_told_on_all_and_the_next_save_may_succeed(tmp_path: Path, folder: str) -> None:
+    for first, second in run_distributed(_fail_to_write, 2, folder, str(tmp_path)):
+        assert first and second == ""
+    assert [path.name for path in checkpoints(tmp_path)] == ["00-000002"]
+    assert os.listdir(tmp_path / "checkpoints") == ["00-000002"]
+
+
 def test_a_checkpoint_exports_as_it_is(tmp_path: Path, folder: str) -> None:
     """The conversion tools take the folder for a Megatron checkpoint, which it is."""
     from megatron_dgrpo.checkpoint.megatron import read_about
