@@ -270,7 +270,10 @@ def test_a_run_saves_and_ends_before_its_time_limit_and_a_rank_that_hangs_does_n
 ) -> None:
     run_dir = tmp_path / "run"
     limit = {"every": 0, "time_limit_s": 3600}
-    _ends(_start(tmp_path, _sft(files, run_dir, **limit, margin_s=3570)), 75)
+    for seconds in (20, 60, 180):  # on a machine that is busy it may have come to nothing before
+        _ends(_start(tmp_path, _sft(files, run_dir, **limit, margin_s=3600 - seconds)), 75)
+        if checkpoints(run_dir):
+            break
     (first,) = checkpoints(run_dir)
     assert verify(first) == [] and "ended before its time limit" in _said(run_dir, "interrupted")
     process = _start(tmp_path, _sft(files, run_dir, **limit, grace_s=1000))
