@@ -160,11 +160,16 @@ def build_decoder(spec: ModelSpec, *, groups: Groups, options: BuildOptions) -> 
         sequence_parallel=options.sequence_parallel,
     )
     problems = layout_problems(spec, axes)
+    if options.offload_layers >= spec.num_layers:
+        problems.append(f"offload_layers={options.offload_layers}: the last of the {spec.num_layers} layers stays")
     if problems:
         raise LayoutError(listing(f"{spec.architecture} does not fit the layout:", problems))
-    layers = choose_layers(options.layers, options.fp8)
+    layers = choose_layers(options.layers, options.fp8, options.offload_layers)
     config = megatron_config(spec, grid, options, layers)
-    return Decoder(spec, config, groups, layers).to(platform.device())
+    decoder = Decoder(spec, config, groups, layers).to(platform.device())
+    dropouts = [module.p for module in decoder.modules() if isinstance(module, torch.nn.Dropout)]
+    assert not any((config.attention_dropout, config.hidden_dropout, *dropouts)), "log-probs must be those of a rollout"
+    return decoder
 
 
 def local_parameters(decoder: Decoder) -> dict[str, torch.nn.Parameter]:
