@@ -139,6 +139,7 @@ def _logits_and_gradients(
         return -scored.logprob_T.sum() / count, None
 
     run_schedule(student.decoder, student.wrapped, batches, finish, forward_only=False)
+    student.reduce_gradients()
     gather_data_parallel_gradients(student.wrapped)
     return found, pieces(student.decoder, "main_grad")
 
