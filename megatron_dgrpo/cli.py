@@ -57,6 +57,17 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "overrides", metavar="key=value", nargs="*", help="replace a setting: stages.0.steps=100, seed=1"
     )
+    train.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check everything, say what each rank would hold, write the resolved config, train nothing",
+    )
+    train.add_argument(
+        "--device-memory", metavar="SIZE", type=_size, help="dry run: memory of a device (80GiB), to compare with"
+    )
+    train.add_argument(
+        "--resolved", metavar="FILE", type=Path, help="dry run: where the resolved config goes (RUN_DIR.resolved.yaml)"
+    )
     train.set_defaults(run=_train)
 
     report = commands.add_parser(
@@ -99,9 +110,21 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train(options: argparse.Namespace) -> int:
     from megatron_dgrpo.config.loader import load
+
+    config = load(options.config, options.overrides)
+    if options.dry_run:
+        from megatron_dgrpo.launch.dry_run import dry_run
+
+        return dry_run(config, device_memory=options.device_memory, resolved=options.resolved)
     from megatron_dgrpo.launch.run import train
 
-    return train(load(options.config, options.overrides))
+    return train(config)
+
+
+def _size(text: str) -> int:
+    from megatron_dgrpo.launch.dry_run import parse_bytes
+
+    return parse_bytes(text)
 
 
 def _report(options: argparse.Namespace) -> int:

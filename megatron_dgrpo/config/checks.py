@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,11 @@ def check(config: Config) -> None:
     _raise("The config contradicts itself:", problems(config))
 
 
-def check_files(config: Config) -> None:
-    """Raise everything that is contradictory in a config or wrong with the files that it names."""
-    _raise("The config cannot be run as it is:", problems(config) + file_problems(config))
+def check_files(config: Config, *, config_json_alone: Collection[str] = ()) -> None:
+    """Raise everything that is contradictory in a config or wrong with the files that it names. Of some models it may
+    be that nothing but config.json is there."""
+    found = problems(config) + file_problems(config, config_json_alone=config_json_alone)
+    _raise("The config cannot be run as it is:", found)
 
 
 def problems(config: Config) -> list[str]:
@@ -44,10 +46,10 @@ def problems(config: Config) -> list[str]:
     return [problem for rule in rules for problem in rule(config)]
 
 
-def file_problems(config: Config) -> list[str]:
+def file_problems(config: Config, *, config_json_alone: Collection[str] = ()) -> list[str]:
     """What is wrong on the disk. Relative paths are relative to the current folder."""
     rules: tuple[Callable[[Config], Iterator[str]], ...] = (
-        _model_folders, _tokenizers, _datasets, _run_dir, lambda config: missing_packages(config.trackers),
+        lambda config: _model_folders(config, config_json_alone), _tokenizers, _datasets, _run_dir, lambda config: missing_packages(config.trackers),
     )  # fmt: skip
     return [problem for rule in rules for problem in rule(config)]
 
@@ -178,14 +180,16 @@ def _engines(config: Config) -> Iterator[str]:
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
-def _used_models(config: Config) -> list[str]:
+def used_models(config: Config) -> list[str]:
     """The student, the teachers and whatever an engine serves, each once."""
     names = [config.student, *(t.model for t in config.teachers), *(e.model for e in config.engines.values())]
     return [name for name in dict.fromkeys(names) if name in config.models]
 
 
-def _model_folders(config: Config) -> Iterator[str]:
-    for name in _used_models(config):
+def _model_folders(config: Config, config_json_alone: Collection[str]) -> Iterator[str]:
+    for name in used_models(config):
+        if name in config_json_alone:
+            continue
         where, folder = f"models.{name}.path", Path(config.models[name].path)
         if not folder.is_dir():
             what = "is a file" if folder.exists() else "does not exist"

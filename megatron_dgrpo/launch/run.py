@@ -15,7 +15,7 @@ from megatron_dgrpo.launch.supervisor import Supervisor
 from megatron_dgrpo.observe.environment import write_environment
 from megatron_dgrpo.observe.events import EventLog, run_events
 
-_CHECK_S = 3600.0
+CHECK_S = 3600.0
 """All data is read and tokenised once."""
 
 
@@ -76,7 +76,7 @@ def _check_data(supervisor: Supervisor, resolved: Path) -> None:
     """Tokenizers need libraries that this process does not import: another one looks, before anything else starts."""
     answer = supervisor.private_dir / "problems"
     arguments = {"config_path": str(resolved), "answer_path": str(answer)}
-    supervisor.run_check("megatron_dgrpo.train.checks:main", arguments, timeout_s=_CHECK_S)
+    supervisor.run_check("megatron_dgrpo.train.checks:main", arguments, timeout_s=CHECK_S)
     found = json.loads(answer.read_text(encoding="utf-8"))
     if found["problems"]:
         raise ConfigError(found["problems"])

@@ -134,8 +134,8 @@ class Decoder(torch.nn.Module):
         return HeadShard(weight, *self.spec.vocabulary_shard(self.groups.grid.coordinate("tp"), self.groups.grid.tp))
 
 
-def build_decoder(spec: ModelSpec, *, groups: Groups, options: BuildOptions) -> Decoder:
-    """A decoder with uninitialised weights, on this rank's device."""
+def build_decoder(spec: ModelSpec, *, groups: Groups, options: BuildOptions, meta: bool = False) -> Decoder:
+    """A decoder with uninitialised weights on this rank's device; with `meta`, with shapes and no weights at all."""
     grid = groups.grid
     axes = Axes(
         tp=grid.tp,
@@ -151,6 +151,10 @@ def build_decoder(spec: ModelSpec, *, groups: Groups, options: BuildOptions) -> 
         raise LayoutError(listing(f"{spec.architecture} does not fit the layout:", problems))
     layers = choose_layers(options.layers, options.fp8)
     config = megatron_config(spec, grid, options, layers)
+    if meta:
+        config.use_cpu_initialization = True  # on the device of the context, not on one that Megatron names
+        with torch.device("meta"):
+            return Decoder(spec, config, groups, layers)
     return Decoder(spec, config, groups, layers).to(platform.device())
 
 
