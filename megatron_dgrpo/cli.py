@@ -128,9 +128,9 @@ def _size(text: str) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from megatron_dgrpo.observe.report.page import write_report
+    from megatron_dgrpo.launch.report import report
 
-    print(write_report(options.folder, options.out))
+    print(report(options.folder, options.out))
     return OK
 
 

@@ -25,6 +25,10 @@ class ConversionError(DGRPOError, ValueError):
     """A checkpoint's files, names, shapes or types are not what the model needs."""
 
 
+class CheckpointError(DGRPOError, ValueError):
+    """A training checkpoint is damaged, half there, or of another run."""
+
+
 class DataError(DGRPOError, ValueError):
     """A row, a sample or a sequence cannot be used."""
 

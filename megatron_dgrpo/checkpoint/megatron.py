@@ -3,43 +3,19 @@
     FOLDER/weights/        what Megatron's dist_checkpointing writes and reads (torch_dist)
     FOLDER/model.json      what it holds: format, type, spec
     FOLDER/huggingface/    config and tokenizer, for a later export
-
-Two things of Megatron's are done otherwise here, in the same format. Its synchronous save goes through the machinery of
-the asynchronous one: that starts a multiprocessing manager, which imports the caller's main module again (a script
-without a guard hangs), and it copies every view of a parameter before it writes the first. torch's own writer
-underneath does neither. Its load concatenates parameters that are saved in halves (gate and up-projection), copies of
-two thirds of the model; loading into views of the parameters leaves nothing to concatenate.
-
-`.metadata` is a pickle, by torch's format. It is first read by an unpickler that knows the format's classes and no
-others, so that a file from elsewhere can't run anything.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import pickle
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingConfig
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories
-from megatron.core.dist_checkpointing.strategies.torch import (
-    MCoreSavePlanner,
-    TorchDistLoadShardedStrategy,
-    _replace_state_dict_keys_with_sharded_keys,
-    mcore_to_pyt_state_dict,
-)
-from megatron.core.dist_checkpointing.utils import extract_sharded_base
-from megatron.core.dist_checkpointing.validation import determine_global_metadata, validate_sharding_integrity
-from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
-from torch.distributed.checkpoint import save as save_with_torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from megatron.core.dist_checkpointing.validation import determine_global_metadata
 
 from megatron_dgrpo.checkpoint.agree import agreed
 from megatron_dgrpo.checkpoint.aside import readable, sync_folder, write_synced, written_aside
@@ -47,6 +23,7 @@ from megatron_dgrpo.checkpoint.hf.beside import copy_beside
 from megatron_dgrpo.checkpoint.hf.exporter import manifest
 from megatron_dgrpo.checkpoint.hf.families import read_spec
 from megatron_dgrpo.checkpoint.hf.output_files import nbytes
+from megatron_dgrpo.checkpoint.sharded import load_sharded, save_sharded, saved_tensors
 from megatron_dgrpo.errors import ConversionError, listing
 from megatron_dgrpo.model.decoder import Decoder
 from megatron_dgrpo.model.spec import ModelSpec
@@ -73,54 +50,40 @@ def save_megatron(decoder: Decoder, source: str | Path, target: str | Path) -> N
     Every rank of the model calls it. The folder has its name once all of it is on the disk.
     """
     source, target, group = Path(source), Path(target), decoder.groups.world
-    first, parameter = dist.get_rank(group) == 0, next(decoder.parameters())
-    needed = sum(map(nbytes, manifest(decoder.spec, parameter.dtype)))
+    needed = sum(map(nbytes, manifest(decoder.spec, next(decoder.parameters()).dtype)))
     with written_aside(target, group=group, needed_bytes=needed) as aside:
-        with agreed(group):
-            if first:
-                with readable(target, needed):
-                    (aside / WEIGHTS).mkdir()
-                    (aside / HUGGING_FACE).mkdir()
-                    copy_beside(source, aside / HUGGING_FACE, _name(parameter.dtype), decoder.spec)
-                    about = {"format": _FORMAT, "dtype": _name(parameter.dtype), "spec": _as_json(decoder.spec)}
-                    write_synced(aside / _ABOUT, (json.dumps(about, indent=2) + "\n").encode())
-        _save_weights(_sharded(decoder), aside / WEIGHTS, target, needed, group=group)
-        with agreed(group):
-            if first:
-                with readable(target, needed):
-                    backend = dataclasses.asdict(CheckpointingConfig("torch_dist", 1))
-                    write_synced(aside / WEIGHTS / "metadata.json", json.dumps(backend).encode())
-                    sync_folder(aside / WEIGHTS)
-                    sync_folder(aside / HUGGING_FACE)
+        write_megatron(decoder, sharded_weights(decoder), source, aside, target, needed, group=group)
 
 
-def _sharded(decoder: Decoder) -> dict[str, Any]:
+def write_megatron(
+    decoder: Decoder,
+    described: dict[str, Any],
+    source: Path,
+    folder: Path,
+    target: Path,
+    needed: int,
+    *,
+    group: dist.ProcessGroup,
+) -> None:
+    """All of it into a folder that is there, which will be called `target`; `described` is what this rank holds."""
+    parameter = next(decoder.parameters())
+    with agreed(group):
+        if dist.get_rank(group) == 0:
+            with readable(target, needed):
+                (folder / WEIGHTS).mkdir()
+                (folder / HUGGING_FACE).mkdir()
+                copy_beside(source, folder / HUGGING_FACE, _name(parameter.dtype), decoder.spec)
+                about = {"format": _FORMAT, "dtype": _name(parameter.dtype), "spec": _as_json(decoder.spec)}
+                write_synced(folder / _ABOUT, (json.dumps(about, indent=2) + "\n").encode())
+                sync_folder(folder / HUGGING_FACE)
+    save_sharded(described, folder / WEIGHTS, target, needed, group=group)
+
+
+def sharded_weights(decoder: Decoder) -> dict[str, Any]:
     """Megatron's description of what this rank holds, every entry a view of a parameter."""
     described = decoder.sharded_state_dict(metadata={"dp_cp_group": decoder.groups.dp_cp})
     apply_factories(described)
     return described
-
-
-def _save_weights(
-    described: dict[str, Any], folder: Path, target: Path, needed: int, *, group: dist.ProcessGroup
-) -> None:
-    sharded, common = extract_sharded_base(described)
-    _, everyone = determine_global_metadata(sharded, process_group=group)
-    with agreed(group):
-        validate_sharding_integrity(everyone)
-    sharded["common_state"] = ShardedObject("common_state", common, (1,), (0,), replica_id=dist.get_rank(group))
-    by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
-    try:
-        save_with_torch(
-            mcore_to_pyt_state_dict(by_key, False),
-            storage_writer=FileSystemWriter(folder, single_file_per_rank=True, sync_files=True),
-            planner=MCoreSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-            process_group=group,
-        )
-    except CheckpointException as error:  # raised on every rank with the errors of all of them
-        causes = [cause for cause, _ in error.failures.values()]
-        with readable(target, needed):
-            raise next((cause for cause in causes if isinstance(cause, OSError)), OSError(str(causes[0]))) from error
 
 
 # ---- Loading ------------------------------------------------------------------------------------------------------
@@ -158,16 +121,12 @@ def load_megatron(decoder: Decoder, folder: str | Path) -> None:
         about = read_about(folder)
         if _as_json(about.spec) != _as_json(decoder.spec):
             raise ConversionError(f"{folder} holds a {about.spec}, the model is a {decoder.spec}")
-        with _damage_named(folder):
-            _check_pickle(folder / WEIGHTS / ".metadata")
-            saved = TorchDistLoadShardedStrategy().load_tensors_metadata(folder / WEIGHTS)
-    described = _sharded(decoder)
+        saved = saved_tensors(folder / WEIGHTS)
+    described = sharded_weights(decoder)
     _, everyone = determine_global_metadata(described, process_group=group)
     with agreed(group):
         _check_fits(folder, saved, [entry for rank in everyone for entry in rank], decoder.spec)
-        with _damage_named(folder), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint\..*")  # about Megatron's calls
-            dist_checkpointing.load(described, str(folder / WEIGHTS), validate_access_integrity=False)
+        load_sharded(described, folder / WEIGHTS)
 
 
 def _check_fits(folder: Path, saved: dict[str, Any], wanted: list[Any], spec: ModelSpec) -> None:
@@ -183,49 +142,6 @@ def _check_fits(folder: Path, saved: dict[str, Any], wanted: list[Any], spec: Mo
             problems.append(f"{key} has shape {list(found)}, the model's is {list(shape)}")
     if problems:
         raise ConversionError(listing(f"the weights in {folder} do not fit its config:", sorted(problems)))
-
-
-@contextmanager
-def _damage_named(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except ConversionError:
-        raise
-    except (Exception, CheckpointException) as error:  # whatever the readers of zip files, pickles and JSON raise
-        # torch's own is no Exception, and wraps the cause
-        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
-        words = f"{type(cause).__name__}: {cause}"
-        raise ConversionError(f"the weights in {folder} can't be read ({words}): convert the model again") from error
-
-
-class _FormatOnly(pickle.Unpickler):
-    """Knows the classes that torch's format of `.metadata` consists of."""
-
-    _MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
-    _NAMES = frozenset(
-        {
-            ("torch", "Size"),
-            ("torch", "device"),
-            ("torch._C", "layout"),
-            ("torch.serialization", "_get_layout"),
-            ("torch.storage", "_load_from_bytes"),
-            ("pathlib", "PosixPath"),
-            ("pathlib._local", "PosixPath"),
-            ("collections", "OrderedDict"),
-            ("builtins", "set"),
-        }
-    )
-
-    def find_class(self, module: str, name: str) -> Any:
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if module in self._MODULES and "." not in name or (module, name) in self._NAMES or is_dtype:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no part of the format")
-
-
-def _check_pickle(path: Path) -> None:
-    with path.open("rb") as file:
-        _FormatOnly(file).load()
 
 
 def _as_json(spec: ModelSpec) -> dict[str, Any]:

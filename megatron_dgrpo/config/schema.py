@@ -13,6 +13,7 @@ from megatron_dgrpo.config.data import Dataset
 from megatron_dgrpo.config.frozen import Frozen
 from megatron_dgrpo.config.mismatch import Mismatch
 from megatron_dgrpo.config.objective import Objective
+from megatron_dgrpo.config.rewards import Reward
 from megatron_dgrpo.config.trackers import TrackerSettings
 
 DType = Literal["float32", "bfloat16", "float64"]
@@ -195,14 +196,6 @@ class Sampling(Frozen):
         ]
 
 
-class Reward(Frozen):
-    """A named reward; the total is the weighted sum."""
-
-    kind: Literal["exact_match"]
-    """exact_match: 1 when the response's text equals the answer's, white space at the ends apart; else 0."""
-    weight: float = 1.0
-
-
 class Evaluation(Frozen):
     """Mean reward on held-out prompts, one response each."""
 
@@ -311,6 +304,8 @@ class Config(Frozen):
     """Name of the model that is trained."""
     teachers: tuple[Teacher, ...] = ()
     engines: dict[str, Engine] = {}
+    reward_workers: PositiveInt = 2
+    """Processes in which responses are scored, beside rank 0."""
     rollout: Rollout = Rollout()
     evaluation: Evaluation | None = None
     trackers: tuple[TrackerSettings, ...] = ()

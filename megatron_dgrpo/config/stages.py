@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
+from megatron_dgrpo.config.reward_rules import reward_problems
+from megatron_dgrpo.config.rewards import Referenced
 from megatron_dgrpo.config.schema import DGRPO, Config, Evaluation, Model, Periodic
 
 FP8 = Literal["tensorwise", "blockwise", "mxfp8"]
@@ -62,10 +64,20 @@ def _unit(model: Model) -> int:
 
 def rewards(config: Config) -> Iterator[str]:
     for path, section in samplers(config):
-        kinds = [reward.kind for reward in section.rewards]
-        for kind in dict.fromkeys(kind for kind in kinds if kinds.count(kind) > 1):
-            times = kinds.count(kind)
-            yield f"{path}.rewards: {kind!r} is listed {times} times; list it once, with the sum of the weights"
+        labels = [reward.label for reward in section.rewards]
+        for label in dict.fromkeys(label for label in labels if labels.count(label) > 1):
+            yield (
+                f"{path}.rewards: {labels.count(label)} are called {label!r}; give each a name of its own "
+                f"({path}.rewards.N.name), or list it once with the sum of the weights"
+            )
+        bare = [s.where for s in section.data.sources if s.messages is None and s.answer is None]
+        for i, reward in enumerate(section.rewards):
+            if bare and isinstance(reward, Referenced) and reward.reads_reference:
+                yield (
+                    f"{path}.rewards.{i}.reference: {reward.label} compares with the answer, and {bare[0]} has none: "
+                    "name the data's field of answers, or the field to compare with"
+                )
+            yield from (f"{path}.rewards.{i}.{problem}" for problem in reward_problems(reward))
 
 
 def batches(config: Config) -> Iterator[str]:

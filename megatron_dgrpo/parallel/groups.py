@@ -146,6 +146,7 @@ class Groups:
             expt_tp=self._group(("etp",)),
             expt_dp=edp,
             intra_expt_dp=edp,
+            expt_dp_gtp_remat=edp,  # who saves what Transformer Engine's experts keep beside their weights
             tp_ep=self._group(("etp", "ep")),
             tp_ep_pp=self._group(("etp", "ep", "pp")),
             intra_dist_opt=everyone,

@@ -1,1 +1,1 @@
-"""What a response is worth. Rewards run where rank 0 runs and import no torch."""
+"""What a response is worth. Rewards run in processes of their own, away from the trainer, and import no torch."""

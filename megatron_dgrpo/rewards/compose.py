@@ -1,113 +1,92 @@
-"""Several named rewards as one: each kept by its name, the total their weighted sum.
+"""Several named rewards as one: each kept by its name, the total their weighted sum; and what becomes of failures.
 
-A reward that fails is never counted as 0. It ends the run with the reward's name and the sample that it failed on.
+A failure is never a number unless the reward's `on_failure` makes it one. With `skip`, the whole group of a prompt
+goes: the advantages of a group without one of its members would depend on which responses a reward happens to fail on.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
 
-from megatron_dgrpo.config import schema
-from megatron_dgrpo.data.rows import PromptRow
-from megatron_dgrpo.errors import ConfigError, RewardError, listing
-from megatron_dgrpo.rewards.base import Reward, Sample
-from megatron_dgrpo.rewards.exact_match import ExactMatch
+from megatron_dgrpo.config.rewards import AnyReward
+from megatron_dgrpo.errors import RewardError, listing
+from megatron_dgrpo.rewards.base import Failure, Sample
 
-_KINDS = {"exact_match": ExactMatch}
 _LISTED = 5
+MOST_SKIPPED = 0.5
+"""A larger share of prompts skipped ends the run: a step of what is left would be another one than was asked for."""
 
 
-class Rewards:
-    def __init__(self, settings: Sequence[schema.Reward]) -> None:
-        self._setup([(_KINDS[one.kind](), one.weight) for one in settings])
-
-    @classmethod
-    def of(cls, weighted: Sequence[tuple[Reward, float]]) -> Rewards:
-        """From rewards that exist already."""
-        rewards = cls.__new__(cls)
-        rewards._setup(weighted)
-        return rewards
-
-    def _setup(self, weighted: Sequence[tuple[Reward, float]]) -> None:
-        names = [reward.name for reward, _ in weighted]
-        problems = [
-            f"{name} is there {names.count(name)} times: sum their weights in one"
-            for name in dict.fromkeys(names)
-            if names.count(name) > 1
-        ]
-        problems += [
-            f"{reward.name} has the weight {weight}: it must be finite"
-            for reward, weight in weighted
-            if not math.isfinite(weight)
-        ]
-        if problems or not names:
-            raise ConfigError(listing("rewards can't be summed:", problems or ["there are none"]))
-        self._rewards = [reward for reward, _ in weighted]
-        self.weights = {reward.name: weight for reward, weight in weighted}
-
-    def score(self, rows: Sequence[PromptRow], texts: Sequence[str]) -> dict[str, list[float]]:
-        """By the reward's name, a number for each response, before weighting."""
-        samples = [Sample(row, text) for row, text in zip(rows, texts, strict=True)]
-        return {reward.name: _score(reward, samples) for reward in self._rewards}
-
-    def total(self, scores: Mapping[str, float]) -> float:
-        """The weighted sum of one response's rewards."""
-        if scores.keys() != self.weights.keys():
-            raise RewardError(f"a sample was scored by {sorted(scores)}, and the total needs {sorted(self.weights)}")
-        return math.fsum(weight * scores[name] for name, weight in self.weights.items())
+@dataclass(frozen=True)
+class Settled:
+    scores: list[dict[str, float]]
+    """By the reward's name, before weighting, for each sample."""
+    kept: list[bool]
+    """Which samples are of use."""
+    failed: dict[str, int]
+    """How many samples each reward failed on; rewards that never did are left out."""
+    num_skipped: int
+    """Prompts."""
+    words: str
+    """What to tell the user; empty when nothing failed."""
 
 
-def _score(reward: Reward, samples: Sequence[Sample]) -> list[float]:
-    try:
-        values = list(reward.score(samples))
-    except Exception as error:
-        raise RewardError(
-            f"reward {reward.name} raised {error!r} on {_culprit(reward, samples)}: correct the reward"
-        ) from error
-    if len(values) != len(samples):
-        raise RewardError(
-            f"reward {reward.name} gave {len(values)} numbers for {len(samples)} samples: it must give one for each"
-        )
-    numbers = [_number(value) for value in values]
-    wrong = [
-        f"{value!r} for {_named(sample)}"
-        for value, number, sample in zip(values, numbers, samples, strict=True)
-        if number is None
-    ]
-    if wrong:
-        more = [f"and {len(wrong) - _LISTED} more"] if len(wrong) > _LISTED else []
-        title = f"reward {reward.name} must give finite numbers, and gave for {len(wrong)} of {len(samples)} samples:"
-        raise RewardError(listing(title, wrong[:_LISTED] + more))
-    return [number for number in numbers if number is not None]
+def settle(
+    rewards: Sequence[AnyReward],
+    found: Sequence[Sequence[float | Failure]],
+    samples: Sequence[Sample],
+    *,
+    num_prompts: int,
+    skipped_before: int = 0,
+) -> Settled:
+    """Scores out of what the pool found. Failures are dealt with as the settings say: they may end the run.
+
+    The samples may be a part of a step's, which has `num_prompts`, of which others have skipped so many already.
+    """
+    failed: Counter[str] = Counter()
+    skipped: set[str] = set()
+    fatal: list[str] = []
+    told: list[str] = []
+    scores: list[dict[str, float]] = [{} for _ in samples]
+    for reward, row in zip(rewards, found, strict=True):
+        for sample, value, of_sample in zip(samples, row, scores, strict=True):
+            if isinstance(value, Failure):
+                failed[reward.label] += 1
+                sentence = f"{reward.label}: {value.why}; on {_named(sample)}"
+                (fatal if reward.on_failure == "error" else told).append(sentence)
+                if reward.on_failure == "skip":
+                    skipped.add(sample.name)
+            of_sample[reward.label] = 0.0 if isinstance(value, Failure) else float(value)
+    if fatal:
+        raise RewardError(listing("a reward failed, and its settings ask to end the run then:", _short(fatal)))
+    if len(skipped) + skipped_before > MOST_SKIPPED * num_prompts:
+        together = len(skipped) + skipped_before
+        title = f"rewards failed on responses to {together} of {num_prompts} prompts, which is more than half:"
+        raise RewardError(listing(title, _short(told)))
+    words = ""
+    if told:
+        counts = ", ".join(f"{name} on {count}" for name, count in failed.items())
+        title = f"rewards failed ({counts} of {len(samples)} responses; {len(skipped)} prompts are left out):"
+        words = listing(title, _short(told))
+    return Settled(scores, [sample.name not in skipped for sample in samples], dict(failed), len(skipped), words)
 
 
-def _number(value: Any) -> float | None:
-    """The value as a finite float; None for what is not one. Text is not, even if it could be read as one."""
-    if isinstance(value, str | bytes | bytearray):
-        return None
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        return None
-    return number if math.isfinite(number) else None
+def total(rewards: Sequence[AnyReward], scores: Mapping[str, float]) -> float:
+    """The weighted sum of one response's rewards."""
+    weights = {reward.label: reward.weight for reward in rewards}
+    if scores.keys() != weights.keys():
+        raise RewardError(f"a response was scored by {sorted(scores)}, and the total needs {sorted(weights)}")
+    return math.fsum(weight * scores[name] for name, weight in weights.items())
 
 
-def _culprit(reward: Reward, samples: Sequence[Sample]) -> str:
-    """Which sample it fails on: each is tried alone."""
-    for sample in samples:
-        try:
-            reward.score([sample])
-        except Exception:
-            return _named(sample)
-    return (
-        f"{len(samples)} samples together, {_named(samples[0])} the first (none fails alone)"
-        if samples
-        else "no samples"
-    )
+def _short(sentences: Sequence[str]) -> list[str]:
+    more = [f"and {len(sentences) - _LISTED} more"] if len(sentences) > _LISTED else []
+    return [*sentences[:_LISTED], *more]
 
 
 def _named(sample: Sample) -> str:
     text = sample.text if len(sample.text) <= 80 else f"{sample.text[:77]}..."
-    return f"{sample.row.name} with the response {text!r}"
+    return f"{sample.name} with the response {text!r}"

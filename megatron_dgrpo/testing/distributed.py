@@ -28,8 +28,14 @@ from megatron_dgrpo.launch.nursery import Child, Nursery
 from megatron_dgrpo.testing.rank import dumps
 
 Preload = Literal["trainer", "engine"]
+_OWN = (  # what most ranks of tests import: together it takes as long as a small test does
+    "megatron_dgrpo.algorithms.build",
+    "megatron_dgrpo.checkpoint.megatron",
+    "megatron_dgrpo.teacher.frozen",
+    "megatron_dgrpo.train.update",
+)
 _PRELOAD: dict[str, tuple[str, ...]] = {
-    "trainer": (*nursery.TRAINER_PRELOAD, "transformers.models.qwen3.modeling_qwen3", "pytest"),
+    "trainer": (*nursery.TRAINER_PRELOAD, "transformers.models.qwen3.modeling_qwen3", *_OWN, "pytest"),
     "engine": (*nursery.ENGINE_PRELOAD, "pytest"),
 }
 _SETTLE_S = 1.5

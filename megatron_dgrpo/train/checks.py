@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from megatron_dgrpo.checkpoint.hf.families import read_spec
 from megatron_dgrpo.config.loader import load
-from megatron_dgrpo.config.schema import DGRPO, SFT, Config
-from megatron_dgrpo.config.stages import micro_batch_room
+from megatron_dgrpo.config.rewards import Judge
+from megatron_dgrpo.config.schema import DGRPO, SFT, Config, Evaluation
+from megatron_dgrpo.config.stages import micro_batch_room, samplers
 from megatron_dgrpo.data.compatibility import check_fits, check_same
 from megatron_dgrpo.data.dataset import Rows
 from megatron_dgrpo.data.lengths import check_lengths
 from megatron_dgrpo.data.tokenizer import Tokenizer
 from megatron_dgrpo.errors import ConfigError, DGRPOError, UnreachableError, listing
 from megatron_dgrpo.observe.progress import Board
+from megatron_dgrpo.rewards.checks import reward_problems
 
 
 def main(*, config_path: str, answer_path: str) -> None:
@@ -29,7 +32,8 @@ def main(*, config_path: str, answer_path: str) -> None:
 
 
 def check_data(config: Config, *, without_tokenizer: Collection[str] = (), dry: bool = False) -> list[str]:
-    """Tokenizers are one and fit their models; every row is readable and short enough. All problems in one error.
+    """Tokenizers are one and fit their models; every row is readable and short enough; rewards can be computed. All
+    problems in one error.
 
     Returns what was left out or not looked at. A dry run, which trains nothing, may lack tokenizers and the network:
     what they are needed for is among what was not looked at.
@@ -59,9 +63,11 @@ def check_data(config: Config, *, without_tokenizer: Collection[str] = (), dry: 
         for number in range(len(config.stages)):
             attempt(lambda i=number: _check_stage(config, i, tokenizers.get(config.student), notes))  # type: ignore[misc]
         attempt(lambda: _check_evaluation(config, tokenizers.get(config.student), notes))
+    for where, section in samplers(config):
+        attempt(lambda w=where, s=section: problems.extend(_rewards(w, s, notes if dry else None)))  # type: ignore[misc]
     if problems:
-        raise ConfigError(listing("The data can't be used as they are:", problems))
-    return notes
+        raise ConfigError(listing("The data, or what is asked of them, can't be used:", dict.fromkeys(problems)))
+    return list(dict.fromkeys(notes))
 
 
 def _check_stage(config: Config, number: int, tokenizer: Tokenizer | None, notes: list[str]) -> None:
@@ -114,3 +120,18 @@ def _check_evaluation(config: Config, tokenizer: Tokenizer | None, notes: list[s
         setting=f"engines.{settings.engine}.max_model_len",
         response_tokens=settings.sampling.max_tokens,
     )
+
+
+def _rewards(where: str, section: DGRPO | Evaluation, unreached: list[str] | None) -> list[str]:
+    """Problems; with `unreached` a judge that does not answer is none, and goes there."""
+
+    def rows() -> Iterator[tuple[str, Mapping[str, Any]]]:  # read only where a reward reads more than the answer
+        for source in section.data.sources:
+            yield from ((row.name, row.fields) for row in (() if source.streaming else Rows(source)))
+
+    if unreached is None:
+        return reward_problems(section.rewards, where, rows())
+    judges = [reward for reward in section.rewards if isinstance(reward, Judge)]
+    others = [reward for reward in section.rewards if not isinstance(reward, Judge)]
+    unreached += [f"not checked: {problem}" for problem in reward_problems(judges, where, ())] if judges else []
+    return reward_problems(others, where, rows()) if others else []

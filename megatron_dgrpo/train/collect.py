@@ -5,18 +5,20 @@ A group is scored as soon as the last of its samples has ended, while the engine
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_dgrpo.config.schema import Reward, Sampling
+from megatron_dgrpo.config.rewards import AnyReward
+from megatron_dgrpo.config.schema import Sampling
 from megatron_dgrpo.data.chat import prompt_ids
 from megatron_dgrpo.data.rows import PromptRow
 from megatron_dgrpo.errors import RolloutError, listing
 from megatron_dgrpo.observe.timers import Phases
 from megatron_dgrpo.packing.trajectory import Segment, Trajectory
-from megatron_dgrpo.rewards.compose import Rewards
+from megatron_dgrpo.rewards.base import Sample
+from megatron_dgrpo.rewards.compose import total
 from megatron_dgrpo.rollout.messages import (
     Chunk,
     Completion,
@@ -40,17 +42,19 @@ class Asked:
     rows: Sequence[PromptRow]
     sampling: Sampling
     num_samples: int  # of each row
-    rewards: Sequence[Reward]
+    rewards: Sequence[AnyReward]
     seed: int
     step: int
     what: str = "generate"  # for the progress bar; none where it is empty
 
 
 def scored_groups(run: Run, asked: Asked, phases: Phases) -> Iterator[Group]:
-    """On rank 0: each row's samples with their rewards, in the order in which they end."""
+    """On rank 0: each row's samples with their rewards, in the order in which they end. A group without responses is
+    one that a reward failed on."""
     requests = {row.name: _request(run, row, asked) for row in asked.rows}
     row_of = {row.name: row for row in asked.rows}
     pending: dict[str, dict[int, Completion]] = {name: {} for name in requests}
+    num_skipped = 0
     deadline_s = run.config.engines[asked.engine].request_timeout_s
     assert run.engines is not None
     answers: Iterable[Completion] = run.engines.client(asked.engine).generate(
@@ -64,7 +68,8 @@ def scored_groups(run: Run, asked: Asked, phases: Phases) -> Iterator[Group]:
         pending[name][completion.sample] = completion
         if len(pending[name]) == asked.num_samples:
             with phases("score"):
-                group = _score(run, row_of[name], requests[name], pending.pop(name), asked.rewards)
+                group = _score(run, asked, row_of[name], requests[name], pending.pop(name), num_skipped)
+            num_skipped += not group.responses
             yield group
     if pending:
         lost = [f"{asked.num_samples - len(found)} samples of prompt {name}" for name, found in pending.items()]
@@ -113,14 +118,17 @@ def _request(run: Run, row: PromptRow, asked: Asked) -> GenerateRequest:
 
 
 def _score(
-    run: Run, row: PromptRow, request: GenerateRequest, found: dict[int, Completion], rewards: Sequence[Reward]
+    run: Run, asked: Asked, row: PromptRow, request: GenerateRequest, found: dict[int, Completion], skipped_before: int
 ) -> Group:
+    """Without responses where a reward failed on one of them and its settings skip the prompt then."""
     completions = [found[sample] for sample in sorted(found)]
     texts = [run.tokenizer.decode(completion.tokens) for completion in completions]
-    scores = Rewards(rewards).score([row] * len(texts), texts)
+    samples = [Sample(row.name, text, row.prompt, row.answer, row.fields) for text in texts]
+    scored = run.score(asked.rewards, samples, num_prompts=len(asked.rows), skipped_before=skipped_before)
     responses = [
-        _response(completion, request.seeds[completion.sample], {name: values[i] for name, values in scores.items()})
-        for i, completion in enumerate(completions)
+        _response(completion, request.seeds[completion.sample], scores)
+        for completion, scores, kept in zip(completions, scored.scores, scored.kept, strict=True)
+        if kept
     ]
     return Group(row.name, request.prompt_tokens, tuple(responses))
 
@@ -135,6 +143,12 @@ def _response(completion: Completion, seed: int, rewards: dict[str, float]) -> R
     return Response(completion.sample, seed, (segment,), completion.finish_reason, rewards)
 
 
-def totals(trajectories: Sequence[Trajectory], rewards: Sequence[Reward]) -> np.ndarray:
+def totals(trajectories: Sequence[Trajectory], rewards: Sequence[AnyReward]) -> np.ndarray:
     """The weighted sum of each trajectory's rewards."""
-    return np.asarray([Rewards(rewards).total(t.rewards) for t in trajectories], np.float64)
+    return np.asarray([total(rewards, t.rewards) for t in trajectories], np.float64)
+
+
+def reward_means(scores: Sequence[Mapping[str, float]], prefix: str) -> dict[str, float]:
+    """The mean of each reward by its name, before weighting."""
+    names = scores[0] if scores else ()
+    return {f"{prefix}/score/{name}": float(np.mean([of_one[name] for of_one in scores])) for name in names}

@@ -31,7 +31,7 @@ def run_dgrpo(run: Run, stage: DGRPO, number: int) -> None:
     check_schedule(stage)
     prompts = run.prompts(stage, number)
     factors = Factors(stage.objective, dgrpo_loss(stage.objective)[0])
-    silent = SilentSteps()
+    silent = SilentSteps(rewarded=any(reward.weight for reward in stage.rewards))
     student.start_optimizer(stage.optimizer)
     if note := shaping_note(stage):
         run.note(note)
@@ -59,6 +59,7 @@ def run_dgrpo(run: Run, stage: DGRPO, number: int) -> None:
             run.version += 1
             if run.journal is not None:
                 run.journal.trained(Trained(update, run.version, tally.samples[update - 1]))
+            tally.facts |= {f"reward/{name}": count for name, count in run.reward_failures().items()}
             last = update == len(updates)
             run.report(number, step, tally.facts | metrics, update=update, phases=phases if last else None)
         if words := silent.observe(tally.facts, factors.at(step - 1)):

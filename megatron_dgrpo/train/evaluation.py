@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from megatron_dgrpo.observe.timers import Phases
-from megatron_dgrpo.train.collect import Asked, collect, totals
+from megatron_dgrpo.train.collect import Asked, collect, reward_means, totals
 from megatron_dgrpo.train.run import Run
 
 EVALUATION_SEED = 7919
@@ -41,5 +41,7 @@ def evaluate(run: Run, stage: int, step: int) -> None:
         "heldout/reward": float(rewards_B.mean()),
         "heldout/prompts": float(len(rewards_B)),
         "heldout/length": float(np.mean([t.num_loss_tokens for t in trajectories])),
+        **reward_means([t.rewards for t in trajectories], "heldout"),
+        **{f"heldout/{name}": count for name, count in run.reward_failures().items()},
     }
     run.report(stage, step, values, phases=phases)

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from megatron_dgrpo.checkpoint.hf.exporter import export_folder, export_shards, manifest
 from megatron_dgrpo.checkpoint.hf.families import read_spec
 from megatron_dgrpo.checkpoint.hf.output_files import nbytes
+from megatron_dgrpo.config.rewards import AnyReward
 from megatron_dgrpo.config.schema import SFT, Config, Model, Stage
 from megatron_dgrpo.data.chat import prompt_ids
 from megatron_dgrpo.data.dataset import PromptSource, Rows
@@ -38,6 +39,9 @@ from megatron_dgrpo.packing.pack import Packing
 from megatron_dgrpo.packing.trajectory import Trajectory
 from megatron_dgrpo.packing.trees import Tree
 from megatron_dgrpo.parallel.groups import Groups
+from megatron_dgrpo.rewards.base import Sample
+from megatron_dgrpo.rewards.compose import Settled, settle
+from megatron_dgrpo.rewards.pool import RewardPool
 from megatron_dgrpo.rollout.client import EngineClient
 from megatron_dgrpo.rollout.codec import decode, encode
 from megatron_dgrpo.rollout.journal import Journal
@@ -74,11 +78,13 @@ class Run:
     records: Records | None  # on rank 0
     journal: Journal | None  # on rank 0
     shm_prefix: str
+    rewards: RewardPool | None = None  # on rank 0
     teacher_groups: Groups | None = None
     teacher: FrozenTeacher | None = None
     versions: dict[str, int] = field(default_factory=dict)  # of the weights that each engine has
     version: int = 0  # of the student's weights: the number of updates so far
     _published: int = 0
+    _failed: dict[str, float] = field(default_factory=dict)  # of rewards, since it was last asked for
 
     @property
     def rank(self) -> int:
@@ -195,6 +201,25 @@ class Run:
                 deadline_s=settings.start_timeout_s + settings.request_timeout_s,
             )
         self.versions[engine] = self.version
+
+    def score(
+        self, rewards: Sequence[AnyReward], samples: Sequence[Sample], *, num_prompts: int, skipped_before: int
+    ) -> Settled:
+        """What the rewards say of responses; on rank 0. What failed is told, and counted for `reward_failures`."""
+        assert self.rewards is not None
+        found = self.rewards.score(rewards, samples)
+        settled = settle(rewards, found, samples, num_prompts=num_prompts, skipped_before=skipped_before)
+        counts = {f"failed/{name}": float(count) for name, count in settled.failed.items()}
+        for name, count in (counts | {"skipped": float(settled.num_skipped)}).items():
+            self._failed[name] = self._failed.get(name, 0.0) + count
+        if settled.words:
+            self.note(settled.words, kind="reward", level="warning")
+        return settled
+
+    def reward_failures(self) -> dict[str, float]:
+        """Counts since the last call; empty on ranks that do not score, and where nothing failed."""
+        counts, self._failed = {name: count for name, count in self._failed.items() if count}, {}
+        return counts
 
     def share(self, mine: Chunk | None, deadline_s: float) -> Chunk:
         """Rank 0's chunk on every rank. The others wait in the store for at most the deadline."""

@@ -21,7 +21,7 @@ from megatron_dgrpo.config.schema import DGRPO, Periodic
 from megatron_dgrpo.errors import DataError, ObjectiveError
 from megatron_dgrpo.packing.trajectory import Trajectory, by_prompts
 from megatron_dgrpo.rollout.journal import Sample, samples_of
-from megatron_dgrpo.train.collect import totals
+from megatron_dgrpo.train.collect import reward_means, totals
 from megatron_dgrpo.train.run import Run
 
 
@@ -43,6 +43,7 @@ class Tally:
         self._in_parts = isinstance(stage.schedule, Periodic)
         self._expected = _expected(stage)
         self._found = 0.0
+        self._scores: list[Mapping[str, float]] = []
         self._rewards: list[float] = []
         self._lengths: list[int] = []
         self._truncated: list[bool] = []
@@ -87,6 +88,9 @@ class Tally:
         return self._expected / self._found
 
     def _observe(self, trajectories: Sequence[Trajectory]) -> None:
+        if not (trajectories or self._rewards):  # groups that a reward failed on
+            return
+        self._scores += [t.rewards for t in trajectories]
         self._rewards += totals(trajectories, self._stage.rewards).tolist()
         self._lengths += [t.num_loss_tokens for t in trajectories]
         self._truncated += [t.finish_reason == "length" for t in trajectories]
@@ -94,6 +98,7 @@ class Tally:
         self.facts |= {
             "reward/mean": float(np.mean(self._rewards)),
             "reward/std": float(np.std(self._rewards)),
+            **reward_means(self._scores, "reward"),
             "response/length": float(np.mean(self._lengths)),
             "response/truncated": float(np.mean(self._truncated)),
             "tokens": self.facts.get("tokens", 0.0) + sum(t.num_loss_tokens for t in trajectories) + prompt_tokens,

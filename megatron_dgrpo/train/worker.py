@@ -17,6 +17,7 @@ from megatron_dgrpo.observe.records import Records
 from megatron_dgrpo.observe.trackers import trackers
 from megatron_dgrpo.parallel import platform
 from megatron_dgrpo.parallel.groups import Groups
+from megatron_dgrpo.rewards.pool import RewardPool
 from megatron_dgrpo.rollout.journal import Journal
 from megatron_dgrpo.train.assist import assist
 from megatron_dgrpo.train.dgrpo import run_dgrpo
@@ -48,6 +49,8 @@ def main(*, config_path: str, engines: Mapping[str, str], key: str, shm_prefix: 
         run.records.close()
     dist.barrier()  # the engines end with this process, and no rank may still need them
     dist.destroy_process_group()
+    if run.rewards is not None:
+        run.rewards.close()
 
 
 def _build(config: Config, store: dist.Store, engines: Mapping[str, str], key: str, shm_prefix: str) -> Run:
@@ -71,6 +74,7 @@ def _build(config: Config, store: dist.Store, engines: Mapping[str, str], key: s
         records=_records(config) if first else None,
         journal=Journal(Path(config.run_dir) / "rollouts", keep=config.keep_rollouts) if first else None,
         shm_prefix=shm_prefix,
+        rewards=RewardPool(config.reward_workers, log_dir=Path(config.run_dir) / "logs") if first else None,
         teacher_groups=teacher_groups,
     )
 

@@ -188,12 +188,45 @@ def test_room_is_what_padding_leaves() -> None:
     assert problems(spoilt(*teacher, ("stages.1.objective", {"beta": 0}), ("teachers", []))) == []
 
 
-def test_rewards_are_listed_once() -> None:
+def test_rewards_have_names_of_their_own() -> None:
     twice = [{"kind": "exact_match"}, {"kind": "exact_match", "weight": 0.5}]
     assert only(("stages.1.rewards", twice)) == (
-        "stages.1.rewards: 'exact_match' is listed 2 times; list it once, with the sum of the weights"
+        "stages.1.rewards: 2 are called 'exact_match'; give each a name of its own (stages.1.rewards.N.name), or list "
+        "it once with the sum of the weights"
     )
-    assert only(("evaluation.rewards", twice)).startswith("evaluation.rewards: 'exact_match' is listed 2 times")
+    assert only(("evaluation.rewards", twice)).startswith("evaluation.rewards: 2 are called 'exact_match'")
+    assert problems(spoilt(("stages.1.rewards", [twice[0], twice[1] | {"name": "again"}]))) == []
+    assert "'exact_match'" in only(("stages.1.rewards", [twice[0], {"kind": "token_f1", "name": "exact_match"}]))
+
+
+def test_what_compares_needs_an_answer() -> None:
+    bare = ("stages.1.data.answer", None)
+    assert "exact_match compares with the answer, and data/train.jsonl has none" in only(bare)
+    for reward in ({"kind": "regex", "pattern": "a"}, {"kind": "token_f1", "reference": "summary"}):
+        assert problems(spoilt(bare, ("stages.1.rewards", [reward]))) == []
+
+
+def test_settings_of_a_reward_must_agree() -> None:
+    def found(**reward: Any) -> list[str]:
+        said = problems(spoilt(("stages.1.rewards", [reward])))
+        assert all(problem.startswith("stages.1.rewards.0.") for problem in said)
+        return [problem.removeprefix("stages.1.rewards.0.") for problem in said]
+
+    assert "is no regular expression (missing )" in found(kind="regex", pattern="(a")[0]
+    assert found(kind="regex", pattern="a", equals_reference=True) == [
+        "pattern: 'a' has no group; put what is compared or read in parentheses"
+    ]
+    assert "reference: the pattern alone decides" in found(kind="regex", pattern="a", reference="x")[0]
+    assert "constraints: there are none" in found(kind="instructions")[0]
+    assert found(kind="instructions", field="rules") == []
+    short = {"kind": "length", "at_least": 3, "at_most": 2}
+    assert "constraints.0.at_most: 2 is less" in found(kind="instructions", constraints=[short])[0]
+    judge = {"kind": "judge", "url": "http://localhost:8000/v1", "model": "m"}
+    assert found(**judge) == []
+    wrong = found(**judge, template="{answer} {text}", lowest=1, pattern="x")
+    assert [problem.split(":")[0] for problem in wrong] == ["pattern", "template", "template", "highest"]
+    assert "braces" not in wrong[1] and "{text} is unknown" in wrong[1] and "does not show the response" in wrong[2]
+    assert "write a brace that is meant as such twice" in found(**judge, template="{response} {")[0]
 
 
 def test_engines_do_not_compute_in_float64() -> None:

@@ -1,96 +1,73 @@
+"""What becomes of scores and failures: weighted totals, skipped prompts, zeros, the end of a run."""
+
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pytest
 
-from megatron_dgrpo.config import schema
-from megatron_dgrpo.data.rows import PromptRow
-from megatron_dgrpo.errors import ConfigError, RewardError
-from megatron_dgrpo.rewards.base import Sample
-from megatron_dgrpo.rewards.compose import Rewards
+from megatron_dgrpo.config import rewards as settings
+from megatron_dgrpo.errors import RewardError
+from megatron_dgrpo.rewards.base import Failure, Sample
+from megatron_dgrpo.rewards.compose import settle, total
 
-ROWS = [PromptRow(f"d.jsonl:{n}", f"p{n}", f"v{n}") for n in range(4)]
-TEXTS = ["v0", "v0", "v2", ""]
+SAMPLES = [Sample(f"p{i // 2}", f"text {i}") for i in range(8)]
+NUM = 4
+GOOD = [float(i) for i in range(8)]
 
 
-@dataclass
-class Custom:
-    function: Callable[[Sample], Any]
-    name: str = "custom"
+def reward(**changes: Any) -> settings.ExactMatch:
+    return settings.ExactMatch(kind="exact_match", **changes)
 
-    def score(self, samples: Sequence[Sample]) -> Any:
-        return [self.function(sample) for sample in samples]
+
+def failing(*places: int) -> list[float | Failure]:
+    return [Failure("it hung") if i in places else value for i, value in enumerate(GOOD)]
 
 
 def test_each_reward_by_name_and_the_weighted_total() -> None:
-    length = Custom(lambda s: np.float32(len(s.text)), "length")
-    rewards = Rewards.of([(Custom(lambda s: s.text == s.row.answer, "match"), 2.0), (length, -0.25)])
-    scores = rewards.score(ROWS, TEXTS)
-    assert scores == {"match": [1.0, 0.0, 1.0, 0.0], "length": [2.0, 2.0, 2.0, 0.0]}
-    assert all(type(v) is float for values in scores.values() for v in values)
-    assert rewards.total({"match": 1.0, "length": 2.0}) == 1.5
-    assert rewards.total({"length": 2.0, "match": 0.0}) == -0.5
-
-
-def test_from_a_config() -> None:
-    rewards = Rewards((schema.Reward(kind="exact_match", weight=0.5),))
-    scores = rewards.score(ROWS, TEXTS)
-    assert scores == {"exact_match": [1.0, 0.0, 1.0, 0.0]}
-    assert rewards.total({"exact_match": 1.0}) == 0.5
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, -np.inf, None, "1.0", "high", [1.0], 10**400])
-def test_a_number_that_is_none_names_reward_and_sample(value: Any) -> None:
-    rewards = Rewards.of([(Custom(lambda s: value if s.row.name == "d.jsonl:2" else 1.0), 1.0)])
-    with pytest.raises(RewardError) as caught:
-        rewards.score(ROWS, TEXTS)
-    message = str(caught.value)
-    assert "reward custom" in message and "1 of 4" in message
-    assert "d.jsonl:2" in message and "'v2'" in message and "d.jsonl:1" not in message
-
-
-def test_a_reward_that_raises_names_the_sample_and_keeps_the_cause() -> None:
-    rewards = Rewards.of([(Custom(lambda s: {"": 1 // 0}[s.text] if s.text == "" else 1.0), 1.0)])
-    with pytest.raises(
-        RewardError, match=r"reward custom raised ZeroDivisionError.*d\.jsonl:3 with the response ''"
-    ) as caught:
-        rewards.score(ROWS, TEXTS)
-    assert isinstance(caught.value.__cause__, ZeroDivisionError)
-
-
-def test_a_reward_that_fails_only_on_the_batch() -> None:
-    class Batchwise(Custom):
-        def score(self, samples: Sequence[Sample]) -> Any:
-            if len(samples) > 1:
-                raise TimeoutError("too many")
-            return [1.0]
-
-    with pytest.raises(RewardError, match=r"TimeoutError.*4 samples together.*d\.jsonl:0"):
-        Rewards.of([(Batchwise(len), 1.0)]).score(ROWS, TEXTS)
-
-
-def test_too_few_or_too_many_numbers() -> None:
-    class Short(Custom):
-        def score(self, samples: Sequence[Sample]) -> Any:
-            return [1.0] * (len(samples) - 1)
-
-    with pytest.raises(RewardError, match="gave 3 numbers for 4 samples"):
-        Rewards.of([(Short(len), 1.0)]).score(ROWS, TEXTS)
-
-
-def test_rewards_that_cannot_be_summed() -> None:
-    one, two = (schema.Reward(kind="exact_match"),) * 2
-    with pytest.raises(ConfigError, match="exact_match is there 2 times"):
-        Rewards((one, two))
-    with pytest.raises(ConfigError, match="there are none"):
-        Rewards(())
-    with pytest.raises(ConfigError, match="custom has the weight inf"):
-        Rewards.of([(Custom(len), math.inf)])
-    for scores in ({}, {"custom": 1.0, "other": 1.0}):
+    rewards = [reward(weight=2.0), reward(name="short", weight=-0.25)]
+    settled = settle(rewards, [GOOD, GOOD[::-1]], SAMPLES, num_prompts=NUM)
+    assert settled.scores[1] == {"exact_match": 1.0, "short": 6.0}
+    assert settled.kept == [True] * 8 and settled.failed == {} and settled.words == "" and settled.num_skipped == 0
+    assert total(rewards, settled.scores[1]) == 0.5
+    for wrong in ({}, {"exact_match": 1.0}, {"exact_match": 1.0, "short": 1.0, "other": 1.0}):
         with pytest.raises(RewardError, match="the total needs"):
-            Rewards.of([(Custom(len), 1.0)]).total(scores)
+            total(rewards, wrong)
+
+
+def test_a_failure_leaves_out_the_whole_prompt_and_is_counted() -> None:
+    settled = settle([reward(), reward(name="b")], [GOOD, failing(3)], SAMPLES, num_prompts=NUM)
+    assert settled.kept == [True, True, False, False, True, True, True, True]
+    assert settled.failed == {"b": 1} and settled.num_skipped == 1
+    assert settled.words.splitlines() == [
+        "rewards failed (b on 1 of 8 responses; 1 prompts are left out):",
+        "  - b: it hung; on p1 with the response 'text 3'",
+    ]
+
+
+def test_a_failure_is_zero_where_the_settings_say_so() -> None:
+    settled = settle([reward(on_failure="zero")], [failing(1, 2, 3, 4, 5, 6, 7)], SAMPLES, num_prompts=NUM)
+    assert [scores["exact_match"] for scores in settled.scores] == [0.0] * 8
+    assert all(settled.kept) and settled.failed == {"exact_match": 7} and "and 2 more" in settled.words
+
+
+def test_a_failure_ends_the_run_where_the_settings_say_so() -> None:
+    with pytest.raises(RewardError, match=r"(?s)end the run then.*strict: it hung; on p0 with the response 'text 1'$"):
+        settle(
+            [reward(name="strict", on_failure="error"), reward()], [failing(1), failing(2)], SAMPLES, num_prompts=NUM
+        )
+
+
+def test_too_many_prompts_left_out_end_the_run() -> None:
+    assert settle([reward()], [failing(0, 1, 2)], SAMPLES, num_prompts=NUM).num_skipped == 2  # half of them
+    with pytest.raises(RewardError, match="to 3 of 4 prompts, which is more than half"):
+        settle([reward()], [failing(0, 2, 4)], SAMPLES, num_prompts=NUM)
+    with pytest.raises(RewardError, match="to 1 of 1 prompts"):
+        settle([reward()], [[Failure("x")]], SAMPLES[:1], num_prompts=1)
+
+
+def test_prompts_that_other_parts_of_the_step_left_out_count() -> None:
+    part = SAMPLES[:2]
+    assert settle([reward()], [failing(0)[:2]], part, num_prompts=4, skipped_before=1).num_skipped == 1
+    with pytest.raises(RewardError, match="to 3 of 4 prompts"):
+        settle([reward()], [failing(0)[:2]], part, num_prompts=4, skipped_before=2)

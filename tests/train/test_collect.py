@@ -19,14 +19,18 @@ def _completion(prompt: str, sample: int, versions: tuple[int, ...] = (VERSION, 
     return Completion(prompt, sample, tokens, -np.ones(count, np.float32), "stop", np.asarray(versions, np.int32), 0)
 
 
-def _collected(script: list[tuple[Any, ...]]) -> Any:
+def _collected(script: list[tuple[Any, ...]], fails: str = "") -> Any:
     """The groups that come out of these answers, or the error."""
     from types import SimpleNamespace
 
-    from megatron_dgrpo.config.schema import Reward, Sampling
+    from megatron_dgrpo.config.rewards import ExactMatch
+    from megatron_dgrpo.config.schema import Sampling
     from megatron_dgrpo.data.rows import PromptRow
     from megatron_dgrpo.errors import RolloutError
+    from megatron_dgrpo.observe.progress import Board
     from megatron_dgrpo.observe.timers import Phases
+    from megatron_dgrpo.rewards.base import Failure
+    from megatron_dgrpo.rewards.compose import settle
     from megatron_dgrpo.rollout.messages import sample_seed
     from megatron_dgrpo.train.collect import Asked, scored_groups
 
@@ -39,14 +43,23 @@ def _collected(script: list[tuple[Any, ...]]) -> Any:
     tokenizer = SimpleNamespace(
         encode_prompt=lambda text: [1, 2], decode=lambda tokens: str(int(tokens[0])), eos_ids=(0,)
     )
+
+    def score(rewards: Any, samples: Any, **step: int) -> Any:
+        equal = [
+            Failure("it hung") if sample.text == fails else float(sample.text == sample.answer) for sample in samples
+        ]
+        return settle(rewards, [equal], samples, **step)
+
     run: Any = SimpleNamespace(
         version=VERSION,
+        score=score,
+        board=Board(),
         tokenizer=tokenizer,
         engines=SimpleNamespace(client=lambda name: engine),
         config=SimpleNamespace(engines={"rollout": SimpleNamespace(request_timeout_s=5.0)}),
     )
     rows = [PromptRow("p0", "?", "1"), PromptRow("p1", "?", "10")]
-    asked = Asked("rollout", rows, Sampling(max_tokens=4), 2, [Reward(kind="exact_match")], seed=11, step=4)
+    asked = Asked("rollout", rows, Sampling(max_tokens=4), 2, [ExactMatch(kind="exact_match")], seed=11, step=4)
     try:
         return [
             (g.prompt_id, [(r.sample, r.seed, r.rewards["exact_match"]) for r in g.responses])
@@ -67,6 +80,10 @@ def test_groups_come_as_they_end_with_their_seeds_and_rewards() -> None:
         ("p1", [(0, seed("p1", 0), 1.0), (1, seed("p1", 1), 0.0)]),
         ("p0", [(0, seed("p0", 0), 0.0), (1, seed("p0", 1), 1.0)]),
     ]
+
+
+def test_a_group_that_a_reward_fails_on_has_no_responses() -> None:
+    assert [(name, len(responses)) for name, responses in run_forked(_collected, ALL, "11")] == [("p1", 0), ("p0", 2)]
 
 
 WRONG = [

@@ -37,7 +37,7 @@ def _config(files: Path, run_dir: Path, **changes: Any) -> dict[str, Any]:
     """SFT for two steps, dGRPO for three at T = 0.7 with two updates per batch, one at T = 1; TP2 with SP."""
     data = {"path": str(files / "task/train.jsonl")}
     layout = {"tp": 2, "sequence_parallel": True}
-    rewards = [{"kind": "exact_match"}]
+    rewards = [{"kind": "exact_match"}, {"kind": "token_f1", "weight": 0.5}]
     dgrpo = {
         "kind": "dgrpo",
         "data": data,
@@ -102,7 +102,11 @@ def test_a_run_from_its_start_to_an_exported_folder(files: Path, tmp_path: Path)
     assert [r["teacher_kl/factor"] for r in updates] == pytest.approx([0.5, 0.5, 0.51, 0.51, 0.5202, 0.5202, 0.5])
     assert [r["step"] for r in updates if "gradient/teacher_kl/norm" in r] == [1, 1, 3, 3, 1]
     assert [r["step"] for r in updates if r.get("preflight/identical_kl", 1) <= 1e-6] == [1, 1, 1]
-    assert [r["step"] for r in records if "heldout/reward" in r] == [0, 2, 0, 3, 0, 1]
+    evaluations = [r for r in records if "heldout/reward" in r]
+    assert [r["step"] for r in evaluations] == [0, 2, 0, 3, 0, 1]
+    for record, total in [(r, "reward/mean") for r in updates] + [(r, "heldout/reward") for r in evaluations]:
+        one, two = (record[f"{total.split('/')[0]}/score/{name}"] for name in ("exact_match", "token_f1"))
+        assert record[total] == pytest.approx(one + 0.5 * two) and 0 <= one <= two <= 1
     kept = {"config.yaml", "environment.json", "events.jsonl", "metrics.jsonl", "logs", "hf"}
     assert kept <= {path.name for path in run_dir.iterdir()}
     last = [r for r in updates if "time/step" in r]
@@ -257,7 +261,7 @@ def _named(pids: set[int], name: str) -> list[int]:
 def test_ctrl_c_leaves_no_process(running: tuple[subprocess.Popen[str], Path]) -> None:
     process, run_dir = running
     family = _descendants(process.pid)
-    assert len(family) == 6, "supervisor, two servers, two ranks, one engine host"
+    assert len(family) == 8, "supervisor, two servers, two ranks, one engine host, two reward workers"
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130
     _wait(lambda: not _alive(family), 20, "processes are left after Ctrl-C")

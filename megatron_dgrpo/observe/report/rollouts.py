@@ -31,7 +31,7 @@ class Rollouts:
     """What there is to say about them; why there are none."""
 
 
-def evenly(items: Sequence[Rollout], count: int = MAX_SHOWN) -> list[Rollout]:
+def evenly[T](items: Sequence[T], count: int = MAX_SHOWN) -> list[T]:
     """So many of them, spread over the run, both ends among them."""
     if len(items) <= count:
         return list(items)
