@@ -1,8 +1,8 @@
 """Megatron's distributed checkpoints of a model's weights: saved at one layout, loaded at any.
 
-    FOLDER/weights/        what Megatron's dist_checkpointing writes and reads (torch_dist)
-    FOLDER/model.json      what it holds: format, type, spec
-    FOLDER/huggingface/    config and tokenizer, for a later export
+FOLDER/weights/        what Megatron's dist_checkpointing writes and reads (torch_dist)
+FOLDER/model.json      what it holds: format, type, spec
+FOLDER/huggingface/    config and tokenizer, for a later export
 """
 
 from __future__ import annotations

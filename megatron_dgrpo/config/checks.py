@@ -49,7 +49,8 @@ def problems(config: Config) -> list[str]:
 def file_problems(config: Config, *, config_json_alone: Collection[str] = ()) -> list[str]:
     """What is wrong on the disk. Relative paths are relative to the current folder."""
     rules: tuple[Callable[[Config], Iterator[str]], ...] = (
-        lambda config: _model_folders(config, config_json_alone), _tokenizers, _datasets, _run_dir, lambda config: missing_packages(config.trackers),
+        lambda config: _model_folders(config, config_json_alone), _tokenizers, _datasets, _run_dir,
+        lambda config: missing_packages(config.trackers),
     )  # fmt: skip
     return [problem for rule in rules for problem in rule(config)]
 

@@ -49,9 +49,9 @@ def dry_run(config: Config, *, device_memory: int | None = None, resolved: Path 
     print("\n".join(lines))
     if memory is not None and fullest > memory:
         raise ConfigError(
-            f"a rank needs {in_words(fullest)} of a device's {in_words(memory)} by the table above: spread the models "
-            "over more ranks (tp, pp, cp), recompute (models.NAME.recompute=full), lower micro_batch_tokens, or put the "
-            "teacher into host memory (teachers.0.weights_in=host, rows_in=host)"
+            f"a rank needs {in_words(fullest)} of a device's {in_words(memory)} by the table above: spread the "
+            "models over more ranks (tp, pp, cp), recompute (models.NAME.recompute=full), lower micro_batch_tokens, or "
+            "put the teacher into host memory (teachers.0.weights_in=host, rows_in=host)"
         )
     print(f"Resolved config: {_write(config, resolved)}. Nothing was trained.")
     return 0
@@ -114,8 +114,8 @@ def _engines(config: Config, sized: Mapping[str, Sized]) -> Iterator[str]:
         memory = engine_memory(engine, engine.dtype or model.dtype, spec, num_parameters(spec))
         yield (
             f"Engine {name}: weights {in_words(memory.weights)}, keys and values {in_words(memory.kv_cache)} "
-            f"({in_words(memory.kv_per_token)} a token, {memory.sequences:.1f} sequences of {engine.max_model_len} tokens at a "
-            f"time, at most {engine.max_num_seqs}); weights arrive through {in_words(memory.buckets)} of shared memory"
+            f"({in_words(memory.kv_per_token)} a token, {memory.sequences:.1f} sequences of {engine.max_model_len} "
+            f"tokens at a time, at most {engine.max_num_seqs}); weights arrive through {in_words(memory.buckets)} of shared memory"
         )
 
 

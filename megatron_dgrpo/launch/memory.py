@@ -1,4 +1,4 @@
-"""What a rank's memory goes into, in bytes, from sizes alone: the formulas that docs/dry-run.md states. Imports no torch.
+"""What a rank's memory goes into, in bytes, from sizes alone: the formulas of docs/dry-run.md. Imports no torch.
 
 Parameters are counted by the building code itself (train/shapes.py). Everything else is arithmetic:
 
@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_dgrpo.config.schema import DGRPO, SFT, Config, Engine, Layout, Model, Teacher
+from megatron_dgrpo.config.schema import DGRPO, SFT, Engine, Layout, Model, Teacher
 from megatron_dgrpo.launch.preflight import BYTES
 from megatron_dgrpo.model.layouts import padding_unit
 from megatron_dgrpo.model.spec import ModelSpec

@@ -106,10 +106,7 @@ def _costs(config: Config, stage: AnyStage, sized: Mapping[str, Sized]) -> list[
 
 
 def in_words(size: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            break
-        size /= 1024
-    else:
-        unit = "TiB"
-    return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.3g} {unit}"
+    units = ["B", "KiB", "MiB", "GiB", "TiB"]
+    power = next((i for i in range(4) if size < 1024 ** (i + 1)), 4)
+    number = size / 1024**power
+    return f"{number:.0f} {units[power]}" if power == 0 or number >= 100 else f"{number:.3g} {units[power]}"

@@ -42,11 +42,11 @@ def check_data(config: Config, *, without_tokenizer: Collection[str] = (), dry: 
     names = dict.fromkeys([config.student, *(teacher.model for teacher in config.teachers)])
     problems: list[str] = []
 
-    def attempt(check: Callable[[], object]) -> None:
+    def attempt(check: Callable[[], object], where: str = "") -> None:
         try:
             check()
         except UnreachableError as error:
-            notes.append(f"not checked: {error}") if dry else problems.append(str(error))
+            notes.append(f"not checked: {where}{error}") if dry else problems.append(str(error))
         except DGRPOError as error:
             problems.append(str(error))
 
@@ -61,10 +61,12 @@ def check_data(config: Config, *, without_tokenizer: Collection[str] = (), dry: 
             vocab_size = read_spec(config.models[name].path).vocab_size
             attempt(lambda n=name, t=tokenizer, v=vocab_size: check_fits(n, t, v))  # type: ignore[misc]
         for number in range(len(config.stages)):
-            attempt(lambda i=number: _check_stage(config, i, tokenizers.get(config.student), notes))  # type: ignore[misc]
-        attempt(lambda: _check_evaluation(config, tokenizers.get(config.student), notes))
+            where = f"stages.{number}.data: "
+            attempt(lambda i=number: _check_stage(config, i, tokenizers.get(config.student), notes), where)  # type: ignore[misc]
+        attempt(lambda: _check_evaluation(config, tokenizers.get(config.student), notes), "evaluation.data: ")
+    unreached = notes if dry else None
     for where, section in samplers(config):
-        attempt(lambda w=where, s=section: problems.extend(_rewards(w, s, notes if dry else None)))  # type: ignore[misc]
+        attempt(lambda w=where, s=section: problems.extend(_rewards(w, s, unreached)), f"{where}.rewards: ")  # type: ignore[misc]
     if problems:
         raise ConfigError(listing("The data, or what is asked of them, can't be used:", dict.fromkeys(problems)))
     return list(dict.fromkeys(notes))
