@@ -115,7 +115,8 @@ def _engines(config: Config, sized: Mapping[str, Sized]) -> Iterator[str]:
         yield (
             f"Engine {name}: weights {in_words(memory.weights)}, keys and values {in_words(memory.kv_cache)} "
             f"({in_words(memory.kv_per_token)} a token, {memory.sequences:.1f} sequences of {engine.max_model_len} "
-            f"tokens at a time, at most {engine.max_num_seqs}); weights arrive through {in_words(memory.buckets)} of shared memory"
+            f"tokens at a time, at most {engine.max_num_seqs}); weights arrive through {in_words(memory.buckets)} of shared "
+            "memory"
         )
 
 

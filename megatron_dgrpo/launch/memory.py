@@ -93,16 +93,18 @@ def layer_bytes(spec: ModelSpec, model: Model) -> int:
     layout, w = model.layout, BYTES[model.dtype]
     tp, sp, wide = layout.tp, layout.tp if layout.sequence_parallel else 1, max(4, w)
     h, queries, keys = spec.hidden_size, spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-    norms = 2 * h * (wide + 2 * w) / sp  # the input widened, the normalised value, the output
+    rest = 2 * h * (wide + 2 * w) / sp  # norms: the input widened, the normalised value, the output
+    rest += 4 * spec.head_dim * w  # cosine and sine, for queries and for keys
     attention = (queries + 2 * keys) * w  # before rotation
     attention += (queries + keys) * (wide + w) if spec.qk_norm else 0
     attention += (queries + keys) * w + queries * w  # rotated; the output
     attention += 0 if model.recompute == "selective" else 4 * spec.num_heads  # log-sum-exps
+    mlp = 5 * spec.ffn_size * w  # gate and up-projection, each once more as the activation takes them; their product
     if not spec.num_experts:
-        return int(norms + (attention + 4 * spec.ffn_size * w) / tp)
+        return int(rest + (attention + mlp) / tp)
     # Routing is taken as even: each token's copies for its experts, there and back, and the experts' own.
-    experts = spec.experts_per_token * (2 * h * layout.etp + 4 * spec.ffn_size) * w / sp
-    return int(norms + attention / tp + experts + 4 * spec.num_experts / sp)
+    experts = spec.experts_per_token * (2 * h * layout.etp * w + mlp) / sp
+    return int(rest + attention / tp + experts + 4 * spec.num_experts / sp)
 
 
 def layers_in_flight(layout: Layout, stage: int, layers: int) -> int:

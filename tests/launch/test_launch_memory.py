@@ -59,21 +59,20 @@ def _kept(rank: int, world: int, folder: str, axes: dict[str, Any], dtype: str, 
     weights = {p.untyped_storage().data_ptr() for p in student.decoder.parameters()}
     weights |= {p.main_grad.untyped_storage().data_ptr() for p in student.decoder.parameters()}
     kept: dict[int, torch.Tensor] = {}
+    forward = [True]
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
+        if forward and storage.data_ptr() not in weights:
             kept[storage.data_ptr()] = tensor
         return tensor
 
+    def finish(hidden: torch.Tensor, batch: Any) -> tuple[torch.Tensor, None]:
+        forward.clear()  # what is computed again in backward is kept for a moment alone
+        return hidden.float().square().sum(), None
+
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        run_schedule(
-            student.decoder,
-            student.wrapped,
-            batches,
-            lambda hidden, batch: (hidden.float().square().sum(), None),
-            forward_only=False,
-        )
+        run_schedule(student.decoder, student.wrapped, batches, finish, forward_only=False)
     kept_bytes = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     student.update()
     optimizers = getattr(student.optimizer, "chained_optimizers", [student.optimizer])
