@@ -91,6 +91,26 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=0, help="seed of the task, the models and the rollouts (%(default)s)")
     demo.set_defaults(run=_demo)
 
+    engine = commands.add_parser(
+        "engine",
+        help="start an engine of a config by itself, for a run that names its address",
+        description="Start one engine host of a config, for a run whose config has its address under "
+        "engines.NAME.addresses. It ends with the run that uses it.",
+    )
+    engine.add_argument("config", metavar="CONFIG.yaml", type=Path, help="the run's config")
+    engine.add_argument("name", metavar="NAME", help="the engine's name in it")
+    engine.add_argument("overrides", metavar="key=value", nargs="*", help="replace a setting: engines.NAME.threads=8")
+    engine.add_argument(
+        "--listen", metavar="ADDRESS", required=True, help="tcp:HOST:PORT, of one interface, or unix:/PATH"
+    )
+    engine.add_argument(
+        "--key-file",
+        metavar="FILE",
+        required=True,
+        help="file with the key that both sides know, readable by you alone",
+    )
+    engine.set_defaults(run=_engine)
+
     doctor = commands.add_parser(
         "doctor",
         help="what this machine has, what is missing, what that disables, and the remedy",
@@ -125,6 +145,13 @@ def _size(text: str) -> int:
     from megatron_dgrpo.launch.dry_run import parse_bytes
 
     return parse_bytes(text)
+
+
+def _engine(options: argparse.Namespace) -> int:
+    from megatron_dgrpo.config.loader import load
+    from megatron_dgrpo.launch.engines import serve
+
+    return serve(load(options.config, options.overrides), options.name, options.listen, options.key_file)
 
 
 def _report(options: argparse.Namespace) -> int:

@@ -47,11 +47,13 @@ def test_help_imports_no_torch() -> None:
         assert not set({HEAVY!r}) & sys.modules.keys()
     """)
     assert done.returncode == 0, done.stderr
-    for command in ("train", "demo", "doctor"):
+    for command in ("train", "engine", "demo", "doctor"):
         assert command in done.stdout
 
 
-@pytest.mark.parametrize("module", ["config", "config.loader", "config.checks", "launch.doctor", "launch.run"])
+@pytest.mark.parametrize(
+    "module", ["config", "config.loader", "config.checks", "launch.doctor", "launch.engines", "launch.run"]
+)
 def test_modules_of_the_base_install_work_without_torch(module: str) -> None:
     done = python(textwrap.dedent(REFUSE) + f"import megatron_dgrpo.{module}")
     assert done.returncode == 0, done.stderr

@@ -25,7 +25,7 @@ from megatron_dgrpo.algorithms.streams import Streams
 from megatron_dgrpo.algorithms.terms import ClippedSurrogate, Term, entropy, nll
 from megatron_dgrpo.config.objective import JSD, Objective, TopK
 from megatron_dgrpo.errors import ObjectiveError, listing
-from megatron_dgrpo.packing.trajectory import Segment, Trajectory
+from megatron_dgrpo.packing.trajectory import Segment, Trajectory, teacher_numbers
 
 _LISTED = 8
 """Samples that an error names; it counts the others."""
@@ -81,9 +81,15 @@ def sft_loss() -> tuple[Loss, dict[str, float]]:
 
 
 def dgrpo_streams(
-    trajectories: Sequence[Trajectory], rewards_B: Sequence[float] | np.ndarray, objective: Objective
+    trajectories: Sequence[Trajectory],
+    rewards_B: Sequence[float] | np.ndarray,
+    objective: Objective,
+    teachers: Sequence[str] = (),
 ) -> Batch:
-    """The streams of one update: advantages over each prompt's group, weights over all of these trajectories."""
+    """The streams of one update: advantages over each prompt's group, weights over all of these trajectories.
+
+    Several `teachers` share out the tokens as their trajectories say.
+    """
     _check_groups(trajectories)
     prompt_B, names = _prompts(trajectories)
     advantages = group_advantages(
@@ -104,6 +110,7 @@ def dgrpo_streams(
         advantages_N=torch.from_numpy(advantages.values_N)[bare.sample_N],
         behaviour_logprobs_N=_logprobs(trajectories, "behaviour_logprobs"),
         old_logprobs_N=_logprobs(trajectories, "old_logprobs"),
+        teacher_N=torch.from_numpy(teacher_numbers(trajectories, teachers))[bare.sample_N] if teachers[1:] else None,
         num_samples=len(trajectories),
     )
     facts = {

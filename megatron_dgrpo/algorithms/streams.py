@@ -27,6 +27,7 @@ class Streams:
     advantages_N: torch.Tensor | None = None
     behaviour_logprobs_N: torch.Tensor | None = None
     old_logprobs_N: torch.Tensor | None = None  # None: one update per batch, the old policy is the current one
+    teacher_N: torch.Tensor | None = None  # int64, the number of the token's teacher; None: there is no choice
     num_samples: int | None = None  # trajectories in the whole batch, for terms that need sums over a sequence
 
     @property
@@ -56,4 +57,5 @@ class Streams:
             advantages_N=optional(self.advantages_N),
             behaviour_logprobs_N=optional(self.behaviour_logprobs_N),
             old_logprobs_N=optional(self.old_logprobs_N),
+            teacher_N=optional(self.teacher_N),
         )

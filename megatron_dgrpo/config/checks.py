@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,12 @@ from megatron_dgrpo.config.data import problems as data_problems
 from megatron_dgrpo.config.explain import nearest
 from megatron_dgrpo.config.mismatch import problems as mismatch_problems
 from megatron_dgrpo.config.objective import problems as objective_problems
-from megatron_dgrpo.config.schema import SFT, Config
+from megatron_dgrpo.config.schema import SFT, Config, Engine
 from megatron_dgrpo.config.stages import dgrpo_stages, samplers
 from megatron_dgrpo.config.trackers import missing_packages
 from megatron_dgrpo.errors import ConfigError, listing
+
+_ADDRESS = re.compile(r"tcp:(\[[0-9a-fA-F:.]+\]|[^\s:]+):\d{1,5}|unix:/\S+")
 
 
 def check(config: Config) -> None:
@@ -132,8 +135,15 @@ def _teachers(config: Config) -> Iterator[str]:
                 f"{path}.objective.beta: the KL needs a teacher; add teachers: [{{model: NAME}}], "
                 f"or set {path}.objective.beta=0 for GRPO alone"
             )
-        elif len(set(names)) > 1:
-            yield f"{path}.objective.beta: the KL is to exactly one teacher, {len(set(names))} are listed; keep one"
+    for path, stage in dgrpo_stages(config):
+        routed = [source.teacher is not None for source in stage.data.sources]
+        if path in taught and len(set(names)) > 1 and not all(routed):
+            yield (
+                f"{path}.data.teacher: {len(set(names))} teachers are listed, and nothing says which of them scores a "
+                f"row; set {path}.data.teacher to the field with the name of its teacher's model, or keep one teacher"
+            )
+        elif path not in taught and any(routed):
+            yield f"{path}.data.teacher: the stage has no teacher; remove it, or set {path}.objective.beta above 0"
     if names and not taught:
         why = "every dgrpo stage has objective.beta 0" if dgrpo_stages(config) else "there is no dgrpo stage"
         yield f"teachers: listed, but no stage uses one ({why}); set teachers=[] or an objective.beta above 0"
@@ -148,6 +158,8 @@ def _teachers(config: Config) -> Iterator[str]:
 def _data(config: Config) -> Iterator[str]:
     for i, stage in enumerate(config.stages):
         yield from data_problems(f"stages.{i}.data", stage.data, needs_answer=isinstance(stage, SFT))
+        if isinstance(stage, SFT) and any(source.teacher is not None for source in stage.data.sources):
+            yield f"stages.{i}.data.teacher: this stage has no teacher; remove it"
     if config.evaluation is not None:
         yield from data_problems("evaluation.data", config.evaluation.data)
         if config.evaluation.data.mixture or config.evaluation.data.streaming:
@@ -174,6 +186,21 @@ def _engines(config: Config) -> Iterator[str]:
         model = config.models.get(engine.model)
         if model is not None and (engine.dtype or model.dtype) == "float64":
             yield f"engines.{name}.dtype: vLLM does not compute in float64; set engines.{name}.dtype=float32"
+        yield from _addresses(f"engines.{name}", engine)
+
+
+def _addresses(where: str, engine: Engine) -> Iterator[str]:
+    if engine.replicas > 1 and engine.addresses:
+        yield f"{where}.replicas: the hosts at its addresses are its replicas; leave replicas out"
+    if engine.addresses and engine.key_file is None:
+        yield f"{where}.key_file: engines at addresses ask for a key; name the file that `dgrpo engine` was given"
+    if engine.key_file is not None and not engine.addresses:
+        yield f"{where}.key_file: engines that the run starts have a key of the run's; leave key_file out"
+    for i, address in enumerate(engine.addresses):
+        if not _ADDRESS.fullmatch(address):
+            yield f"{where}.addresses.{i}: {address!r} is no address; write tcp:HOST:PORT or unix:/PATH"
+        if address in engine.addresses[:i]:
+            yield f"{where}.addresses.{i}: {address} is listed twice; list each host once"
 
 
 # ---- The disk --------------------------------------------------------------------------------------------------------

@@ -53,6 +53,9 @@ class Source(Frozen):
     """With chat: the template's enable_thinking (null: as the template has it)."""
     on_bad_row: Literal["error", "skip"] = "error"
     """A row that lacks a field, or has no text in it, ends the run before it starts, or is skipped and counted."""
+    teacher: str | None = None
+    """Of a dgrpo stage with several teachers: field of the name of the teacher (of its model) that scores the row's
+    responses."""
     share: PositiveFloat = 1.0
     """Of a mixture: this source's part of the tokens, relative to the others' parts."""
 
@@ -79,7 +82,8 @@ class Source(Frozen):
     @property
     def text_fields(self) -> tuple[str, ...]:
         answer = () if self.messages is not None or self.answer is None else (self.answer,)
-        return tuple(dict.fromkeys((*self.prompt_fields, *answer)))
+        teacher = () if self.teacher is None else (self.teacher,)
+        return tuple(dict.fromkeys((*self.prompt_fields, *answer, *teacher)))
 
 
 class Dataset(Source):

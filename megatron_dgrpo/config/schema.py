@@ -106,16 +106,27 @@ class Model(Frozen):
 
 
 class Engine(Frozen):
-    """A vLLM engine host: one process around one engine."""
+    """vLLM engine hosts that serve the same: each is one process around one engine."""
 
     model: str
     """Name of the model it serves."""
+    replicas: PositiveInt = 1
+    """Hosts that share the prompts."""
+    addresses: tuple[str, ...] = ()
+    """Hosts that run already (`dgrpo engine`), instead of any that the run starts: tcp:HOST:PORT or unix:/PATH."""
+    key_file: str | None = None
+    """File with the key of the hosts at `addresses`, readable by its owner alone."""
+    max_restarts: NonNegativeInt = 3
+    """How often within an hour a host that died or hung is started again, before its end is that of the run."""
+    hang_timeout_s: PositiveFloat = 300.0
+    """A host that says nothing for so long, even when asked, hangs. It answers between steps: a step that computes the
+    longest prompts must be shorter."""
     dtype: DType | None = None
     """Type of its weights; the model's own where none is given."""
     max_model_len: PositiveInt
     """Longest prompt plus response, in tokens."""
     kv_cache_bytes: PositiveInt = 2**28
-    """Memory for keys and values."""
+    """Memory for keys and values, on each of its ranks."""
     max_num_seqs: PositiveInt = 256
     """Sequences generated at the same time."""
     prefix_cache: bool = True
@@ -124,13 +135,17 @@ class Engine(Frozen):
     """Compute prompts in pieces, of at most so many tokens a step for all sequences together (none: each prompt in one
     piece, with memory for all of it)."""
     threads: PositiveInt = 1
-    """CPU threads of the host, where it runs on CPU."""
+    """CPU threads of the host, or of each of its ranks, where it runs on CPU."""
+    tp: PositiveInt = 1
+    """Ranks over which the model is cut, each a process of its own."""
     start_timeout_s: PositiveFloat = 600.0
     """How long the host may take to be ready."""
     request_timeout_s: PositiveFloat = 1800.0
     """How long a batch of requests may take."""
-    bucket_bytes: PositiveInt = 2**26
-    """Weights arrive in buckets of this size (or of one tensor, where that is larger); two are in flight."""
+    bucket_bytes: PositiveInt = 2**24
+    """Weights arrive in buckets of this size; two are in flight."""
+    checksums: bool = False
+    """Compare a checksum of every tensor on both sides of each transfer of weights."""
 
 
 class Teacher(Frozen):
@@ -139,7 +154,8 @@ class Teacher(Frozen):
     model: str
     """Name of the model."""
     ranks: Literal["shared", "own"] = "shared"
-    """Run on the student's ranks (and further ones, where its layout is larger), or on ranks of its own after them."""
+    """Run on the student's ranks (and further ones, where its layout is larger), or on ranks of its own after those of
+    all others: teachers with ranks of their own follow each other in their order."""
     weights_in: Literal["device", "host"] = "device"
     """Where its layers rest between uses: on the device, or in pinned host memory."""
     rows_in: Literal["device", "host"] = "device"
@@ -303,6 +319,7 @@ class Config(Frozen):
     student: str
     """Name of the model that is trained."""
     teachers: tuple[Teacher, ...] = ()
+    """Where there are several, each row of a dgrpo stage names its own (stages.N.data.teacher)."""
     engines: dict[str, Engine] = {}
     reward_workers: PositiveInt = 2
     """Processes in which responses are scored, beside rank 0."""
@@ -314,8 +331,17 @@ class Config(Frozen):
     """Run in order, each from the previous one's weights."""
 
     @property
+    def first_ranks(self) -> tuple[int, ...]:
+        """Where each teacher's ranks begin; the last number is that of all ranks."""
+        shared = [self.student, *(teacher.model for teacher in self.teachers if teacher.ranks == "shared")]
+        end = max(self.models[name].layout.world_size for name in shared)
+        first = []
+        for teacher in self.teachers:
+            first.append(end if teacher.ranks == "own" else 0)
+            end += self.models[teacher.model].layout.world_size if teacher.ranks == "own" else 0
+        return (*first, end)
+
+    @property
     def num_ranks(self) -> int:
         """Ranks of the student, and those of teachers that are not among them."""
-        own = self.models[self.student].layout.world_size
-        sizes = [(teacher, self.models[teacher.model].layout.world_size) for teacher in self.teachers]
-        return max([own, *(size + (own if teacher.ranks == "own" else 0) for teacher, size in sizes)])
+        return self.first_ranks[-1]

@@ -33,21 +33,25 @@ class PromptRow:
     """The whole row, for rewards that need more than the answer."""
     chat: Chat | None = None
     """With a chat template: all that the prompt consists of."""
+    teacher: str | None = None
+    """Name of the teacher that scores it, where the data say so."""
 
 
 def make_row(source: Source, number: int, row: Mapping[str, Any]) -> PromptRow:
     """A row without problems; `number` counts from 1."""
     name = f"{source.name}:{number}"
+    teacher = row[source.teacher] if source.teacher is not None else None
     if source.messages is not None:
         said = [(message["role"], message["content"]) for message in row[source.messages]]
         answer = said.pop()[1] if said[-1][0] == "assistant" else ""
-        return PromptRow(name, said[-1][1], answer, row, _chat(source, said))
+        return PromptRow(name, said[-1][1], answer, row, _chat(source, said), teacher)
     if source.format is not None:
         prompt = source.format.format_map({name: row[name] for name in source.prompt_fields})
     else:
         prompt = row[source.prompt]
     answer = row[source.answer] if source.answer is not None else ""
-    return PromptRow(name, prompt, answer, row, _chat(source, [("user", prompt)]) if source.chat else None)
+    chat = _chat(source, [("user", prompt)]) if source.chat else None
+    return PromptRow(name, prompt, answer, row, chat, teacher)
 
 
 def _chat(source: Source, said: Sequence[tuple[str, str]]) -> Chat:

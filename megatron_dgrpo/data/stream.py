@@ -8,6 +8,7 @@ the block.
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 from megatron_dgrpo.config.data import Source
@@ -40,7 +41,7 @@ class Stream:
                 continue
             self.bad.num_good += 1
             made = make_row(self._source, number, row)
-            return PromptRow(f"{made.name}@{self._epoch}", made.prompt, made.answer, made.fields, made.chat)
+            return replace(made, name=f"{made.name}@{self._epoch}")
 
     def state(self) -> dict[str, Any]:
         return {

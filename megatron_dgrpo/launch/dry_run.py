@@ -21,6 +21,7 @@ from megatron_dgrpo.config.checks import TOKENIZER_FILES, check_files, used_mode
 from megatron_dgrpo.config.loader import dump
 from megatron_dgrpo.config.schema import Config
 from megatron_dgrpo.errors import ConfigError, listing
+from megatron_dgrpo.launch.engines import check_engines
 from megatron_dgrpo.launch.memory import Held, Sized, engine_memory, training_checkpoint_bytes
 from megatron_dgrpo.launch.memory_table import in_words, stage_lines, widest_rank
 from megatron_dgrpo.launch.preflight import check_models
@@ -28,12 +29,16 @@ from megatron_dgrpo.launch.run import CHECK_S, used_engines
 from megatron_dgrpo.launch.supervisor import Supervisor
 from megatron_dgrpo.model.spec import ModelSpec
 
+_UNCHECKED = "not checked: "
+_SOON_S = 2.0
+
 
 def dry_run(config: Config, *, device_memory: int | None = None, resolved: Path | None = None) -> int:
     """Check a config, print what it would take, write it resolved; returns the exit status."""
     alone = [name for name in used_models(config) if config_json_alone(Path(config.models[name].path))]
     check_files(config, config_json_alone=alone)
     check_models(config, config_json_alone=alone)
+    unreached = list(_unreached_engines(config))
     found = _look(config, alone)
     if found["problems"]:
         raise ConfigError(listing("The config cannot be run as it is:", found["problems"]))
@@ -45,7 +50,7 @@ def dry_run(config: Config, *, device_memory: int | None = None, resolved: Path 
         fullest = max(fullest, widest_rank(config, number, sized, gpu=memory is not None))
     lines += _engines(config, sized)
     lines += _files(sized[config.student])
-    lines += _unchecked(config, alone, found["notes"], memory)
+    lines += _unchecked(config, alone, [*unreached, *found["notes"]], memory)
     print("\n".join(lines))
     if memory is not None and fullest > memory:
         raise ConfigError(
@@ -90,6 +95,18 @@ def _look(config: Config, alone: Sequence[str]) -> dict[str, Any]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def _unreached_engines(config: Config) -> Iterator[str]:
+    """Engines at addresses that do not answer now; one that answers, and is not what the run needs, is an error."""
+    soon = {name: engine.model_copy(update={"start_timeout_s": _SOON_S}) for name, engine in config.engines.items()}
+    for name in used_engines(config):
+        try:
+            check_engines(config.model_copy(update={"engines": soon}), [name])
+        except ConfigError as error:
+            if "could not be reached" not in str(error):
+                raise
+            yield f"{_UNCHECKED}{error}"
+
+
 def _sized(config: Config, held: Mapping[str, Sequence[Mapping[str, int]]]) -> dict[str, Sized]:
     return {
         name: Sized(
@@ -109,11 +126,13 @@ def num_parameters(spec: ModelSpec) -> int:
 def _engines(config: Config, sized: Mapping[str, Sized]) -> Iterator[str]:
     for name in used_engines(config):
         engine = config.engines[name]
+        hosts, ranks = len(engine.addresses) or engine.replicas, engine.tp
+        each = f" on each of {ranks} ranks" if ranks > 1 else ""
         model = config.models[engine.model]
         spec = sized[engine.model].spec
         memory = engine_memory(engine, engine.dtype or model.dtype, spec, num_parameters(spec))
         yield (
-            f"Engine {name}: weights {in_words(memory.weights)}, keys and values {in_words(memory.kv_cache)} "
+            f"Engine {name}{f' ({hosts} hosts)' if hosts > 1 else ''}{each}: weights {in_words(memory.weights)}, keys and values {in_words(memory.kv_cache)} "
             f"({in_words(memory.kv_per_token)} a token, {memory.sequences:.1f} sequences of {engine.max_model_len} "
             f"tokens at a time, at most {engine.max_num_seqs}); weights arrive through {in_words(memory.buckets)} of shared "
             "memory"
@@ -141,9 +160,6 @@ def _unchecked(config: Config, alone: Sequence[str], notes: Sequence[str], memor
         unchecked.append("whether a device has that memory: none is here; give --device-memory 80GiB")
     yield f"Not checked: {len(unchecked) or 'nothing'}"
     yield from (f"- {one}" for one in unchecked)
-
-
-_UNCHECKED = "not checked: "
 
 
 def _write(config: Config, path: Path | None) -> Path:

@@ -192,8 +192,7 @@ class EngineMemory:
 
 def engine_memory(engine: Engine, dtype: str, spec: ModelSpec, parameters: int) -> EngineMemory:
     """Bytes on each rank of the engine."""
-    tp = getattr(engine, "tp", 1)
-    w = BYTES[dtype]
+    tp, w = engine.tp, BYTES[dtype]
     per_token = 2 * spec.num_layers * max(1, spec.num_kv_heads // tp) * spec.head_dim * w
     return EngineMemory(
         weights=-(-parameters * w // tp),

@@ -30,14 +30,10 @@ def rank_memory(config: Config, number: int, sized: Mapping[str, Sized], *, gpu:
     found: list[tuple[Parts, Parts]] = [(Counter(), Counter()) for _ in range(config.num_ranks)]
     for rank in range(layout.world_size):
         found[rank][0].update(student_parts(student, rank, stage, teachers=len(teachers), gpu=gpu))
-    first_own = layout.world_size
-    for settings in teachers:
+    for settings, first in zip(teachers, config.first_ranks[:-1] if teachers else (), strict=True):
         assert isinstance(stage, DGRPO)
         teacher = sized[settings.model]
-        size = teacher.model.layout.world_size
-        first = 0 if settings.ranks == "shared" else first_own
-        first_own += 0 if settings.ranks == "shared" else size
-        for rank in range(size):
+        for rank in range(teacher.model.layout.world_size):
             _add(found[first + rank], teacher_parts(teacher, settings, rank, stage))
         for rank in range(layout.world_size):
             if student.stage_of(rank) == layout.pp - 1:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from megatron_dgrpo.checkpoint.hf.families import read_spec, rope_parameters
 from megatron_dgrpo.config.checks import check_files
 from megatron_dgrpo.config.loader import dump
-from megatron_dgrpo.config.schema import Config, Engine, Model
+from megatron_dgrpo.config.schema import Config
 from megatron_dgrpo.errors import ConfigError
+from megatron_dgrpo.launch.engines import check_engines, engine_args, host_names
 from megatron_dgrpo.launch.preflight import check_models
 from megatron_dgrpo.launch.supervisor import Supervisor
 from megatron_dgrpo.observe.environment import write_environment
@@ -23,39 +23,30 @@ def train(config: Config) -> int:
     """Run a config from its start to its end; returns the exit status."""
     check_files(config)
     check_models(config)
+    check_engines(config, used_engines(config))
     resolved = _make_run_dir(config)
     with run_events(config.run_dir), Supervisor(config.run_dir) as supervisor:
-        names = used_engines(config)
+        names = [name for name in used_engines(config) if not config.engines[name].addresses]
         supervisor.prepare("trainer")
         if names:
             supervisor.prepare("engine")  # its imports take longest: they go on while the data is checked
         _check_data(supervisor, resolved)
-        addresses = {name: f"unix:{supervisor.private_dir / f'{name}.sock'}" for name in names}
+        hosts = {name: _hosts(supervisor, config, name) for name in names}
         supervisor.start_ranks(
             "megatron_dgrpo.train.worker:main",
             {
                 "config_path": str(resolved),
-                "engines": addresses,
+                "engines": {name: [f"unix:{path}" for _, path in found] for name, found in hosts.items()},
                 "key": supervisor.key,
+                "control": supervisor.listen(),
                 "shm_prefix": supervisor.shm_prefix,
             },
             world_size=config.num_ranks,
             threads=config.threads_per_rank,
         )
-        for name in names:
-            engine = config.engines[name]
-            supervisor.start_engine(
-                f"engine-{name}",
-                "megatron_dgrpo.rollout.host:serve",
-                _engine_args(
-                    engine,
-                    config.models[engine.model],
-                    addresses[name],
-                    supervisor.key,
-                    deterministic=config.rollout.deterministic,
-                ),
-                threads=engine.threads,
-            )
+        for name, found in hosts.items():
+            for host, path in found:
+                _start_engine(supervisor, config, name, host, path)
         supervisor.watch()
     return 0
 
@@ -93,26 +84,19 @@ def used_engines(config: Config) -> list[str]:
     return [name for name in config.engines if name in wanted]
 
 
-def _engine_args(engine: Engine, model: Model, address: str, key: str, *, deterministic: bool) -> dict[str, object]:
-    return {
-        "address": address,
-        "key": key,
-        "model_path": str(Path(model.path).absolute()),
-        "dtype": engine.dtype or model.dtype,
-        "max_model_len": engine.max_model_len,
-        "kv_cache_bytes": engine.kv_cache_bytes,
-        "max_num_seqs": engine.max_num_seqs,
-        "prefix_cache": engine.prefix_cache,
-        "threads": engine.threads,
-        "chunked_prefill": engine.chunked_prefill,
-        "deterministic": deterministic,
-        "hf_overrides": _rope(model),
-    }
+def _hosts(supervisor: Supervisor, config: Config, name: str) -> list[tuple[str, Path]]:
+    """Name and socket of each host that is started for an engine."""
+    names = host_names(name, config.engines[name].replicas)
+    return [(host, supervisor.private_dir / f"{host}.sock") for host in names]
 
 
-def _rope(model: Model) -> dict[str, object]:
-    """The model's other rotary embeddings, in the form of its config.json."""
-    if model.rope is None:
-        return {}
-    spec = read_spec(model.path, model.rope)
-    return {"rope_parameters": rope_parameters(spec.rope), "max_position_embeddings": spec.max_positions}
+def _start_engine(supervisor: Supervisor, config: Config, name: str, host: str, path: Path) -> None:
+    engine = config.engines[name]
+    supervisor.start_engine(
+        host,
+        "megatron_dgrpo.rollout.host:serve",
+        engine_args(config, name, f"unix:{path}", supervisor.key),
+        threads=engine.threads,
+        socket=path,
+        max_restarts=engine.max_restarts,
+    )

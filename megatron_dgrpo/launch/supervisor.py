@@ -3,8 +3,9 @@
 A run ends in one of three ways, and none leaves a process, a private file or shared memory behind:
 
 - the ranks end well: engines are told to stop, then everything is closed;
-- a process ends when it should not: the others get a moment to fail of it, the *first* cause is found, everything is
-  stopped, and the error names that process, how it ended and its last words;
+- a process ends when it should not, and is not one that is started again (keeper.py): the others get a moment to fail
+  of it, the *first* cause is found, everything is stopped, and the error names that process, how it ended and its last
+  words;
 - a signal: the first one (Ctrl-C, SIGTERM, SIGHUP) raises here and leads to an orderly stop (SIGTERM, a grace,
   SIGKILL); a second one skips the grace. SIGKILL of the supervisor itself is answered by the nurseries' servers
   (nursery_server.py).
@@ -31,9 +32,11 @@ from typing import Any, Literal
 
 from megatron_dgrpo.errors import LaunchError
 from megatron_dgrpo.launch import nursery
+from megatron_dgrpo.launch.keeper import Keeper, Kept
 from megatron_dgrpo.launch.nursery import Child, Nursery, in_words
 from megatron_dgrpo.observe import progress
 from megatron_dgrpo.observe.screen import Screen
+from megatron_dgrpo.rollout.control import Listener
 
 Kind = Literal["trainer", "engine"]
 PRELOAD: Mapping[Kind, Sequence[str]] = {"trainer": nursery.TRAINER_PRELOAD, "engine": nursery.ENGINE_PRELOAD}
@@ -88,6 +91,8 @@ class Supervisor:
         self._grace_s, self._preload = grace_s, preload
         self._nurseries: dict[Kind, Nursery] = {}
         self._worlds = 0
+        self._keeper = Keeper(self.say)
+        self._control: Listener | None = None
         self._echo = echo
         self._screen: Screen | None = None
         self._stopping = self._stopped = self._hurry = False
@@ -171,11 +176,34 @@ class Supervisor:
             self._screen.say(words)
 
     def start_engine(
-        self, name: str, target: str, args: Mapping[str, Any], *, threads: int = 1, env: Mapping[str, str] | None = None
+        self,
+        name: str,
+        target: str,
+        args: Mapping[str, Any],
+        *,
+        threads: int = 1,
+        env: Mapping[str, str] | None = None,
+        socket: Path | None = None,
+        max_restarts: int = 0,
     ) -> Child:
-        """Start an engine host; it must not end before it is told to."""
+        """Start an engine host; it must not end before it is told to. With the path of its `socket`, one that served
+        and ends is started again."""
         its_env = {"OMP_NUM_THREADS": str(threads), **(env or {})}
-        return self._start("engine", name, target, args, its_env)
+        child = self._start("engine", name, target, args, its_env)
+        if socket is not None:
+
+            def again() -> Child:
+                return self._start("engine", name, target, args, its_env)
+
+            self._keeper.keep(Kept(child, again, socket, max_restarts))
+        return child
+
+    def listen(self) -> str:
+        """The address at which rank 0 can have an engine host ended and started again (rollout/control.py)."""
+        address = f"unix:{self.private_dir / 'control.sock'}"
+        if self._control is None:
+            self._control = Listener(address, self.key, self._keeper.discard)
+        return address
 
     def _start(self, kind: Kind, name: str, target: str, args: Mapping[str, Any], env: Mapping[str, str]) -> Child:
         self.prepare(kind)
@@ -199,7 +227,12 @@ class Supervisor:
         start = time.monotonic()
         while True:
             self._look()
-            if self._failed() or not all(n.alive for n in self._nurseries.values()):
+            if self._control:
+                self._control.attend()
+            over = any(p.kind == "trainer" and p.child.returncode is not None for p in self.processes)
+            replaced = self._keeper.tend(over=over)
+            self.processes = [process for process in self.processes if process.child not in replaced]
+            if self._fatal() or not all(n.alive for n in self._nurseries.values()):
                 self._fail()
             if not goes_on():
                 return
@@ -224,6 +257,10 @@ class Supervisor:
         over = any(p.kind == "trainer" and p.child.returncode == 0 for p in self.processes)
         return [p for p in self.processes if p.failed and not (over and p.child.returncode == 0)]
 
+    def _fatal(self) -> list[Watched]:
+        """Whose end is the run's: of those that are not started again."""
+        return [process for process in self._failed() if not self._keeper.revives(process.child)]
+
     def _fail(self) -> None:
         """Raise the first cause; return if, a moment later, nothing has failed after all."""
         deadline = time.monotonic() + _SETTLE_S
@@ -231,13 +268,13 @@ class Supervisor:
             self._look()
         ended = sorted(self._failed(), key=_how_early)
         dead_servers = [server for server in self._nurseries.values() if not server.alive]
-        if not ended and not dead_servers:
+        if not self._fatal() and not dead_servers:
             return
         self.stop()
         if dead_servers:
             raise LaunchError("\n".join(server.obituary() for server in dead_servers))
         first, *rest = ended
-        parts = [f"{first.describe()}; the run is stopped.{_hint(first.child)}"]
+        parts = [f"{first.describe()}; the run is stopped.{self._keeper.history(first.child)}{_hint(first.child)}"]
         if rest:
             parts.append(f"After it: {', '.join(process.describe() for process in rest)}.")
         words = first.child.last_words() or "(nothing)"
@@ -259,6 +296,8 @@ class Supervisor:
         self._ask_for_stacks([child for child in running if child.returncode is None])
         for server in self._nurseries.values():
             server.close()
+        if self._control:
+            self._control.close()
         if self._screen:
             self._screen.close()
         for path in glob.glob(f"/dev/shm/{self.shm_prefix}*"):  # the servers did so; there may have been none

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from megatron_dgrpo.errors import DataError, listing
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -34,6 +36,7 @@ class Trajectory:
     segments: tuple[Segment, ...]
     finish_reason: str  # "stop" or "length"
     rewards: Mapping[str, float] = field(default_factory=dict)  # by the reward's name, before weighting
+    teacher: str | None = None  # the name of the one that scores it; None: there is no choice
 
     @property
     def response_tokens(self) -> np.ndarray:
@@ -43,6 +46,14 @@ class Trajectory:
     @property
     def num_loss_tokens(self) -> int:
         return sum(len(s.tokens) for s in self.segments if s.trained)
+
+
+def teacher_numbers(trajectories: Sequence[Trajectory], names: Sequence[str]) -> np.ndarray:
+    """Which of the teachers scores each trajectory. One teacher scores all that name none."""
+    number = {name: i for i, name in enumerate(names)} | ({None: 0} if len(names) == 1 else {})
+    if lost := dict.fromkeys(f"{t.prompt_id}: {t.teacher!r}" for t in trajectories if t.teacher not in number):
+        raise DataError(listing(f"These prompts name no teacher; there is {', '.join(map(repr, names))}:", list(lost)))
+    return np.asarray([number[t.teacher] for t in trajectories], np.int64)
 
 
 def by_prompts(trajectories: Sequence[Trajectory], num_shares: int) -> list[list[Trajectory]]:

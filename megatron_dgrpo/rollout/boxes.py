@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from megatron_dgrpo.checkpoint.hf.shards import WeightShard, WeightSpec
 from megatron_dgrpo.errors import TransferError, listing
+from megatron_dgrpo.rollout.buckets import Piece, piece_shape
 
 Box = Sequence[Sequence[int]]  # (start, stop) on every axis
 _MANY = 50
@@ -21,13 +22,23 @@ class ShardReader:
         self._indices = {spec.hf_name: index for index, spec in enumerate(manifest)}
         self._shards = iter(shards)
         self._ahead: tuple[int, WeightShard] | None = None
+        self._open: list[tuple[int, WeightShard]] = []  # of tensors that later buckets may have more rows of
         self._last = 0
 
-    def up_to(self, last: int) -> Iterator[tuple[int, WeightShard]]:
-        """The shards of tensors up to this index of the manifest, with their indices."""
+    def parts(self, pieces: Sequence[Piece]) -> Iterator[tuple[int, Box, WeightShard]]:
+        """What this rank holds of these pieces: the number of the piece, the box, and the shard that it is part of."""
+        last = pieces[-1].index
+        self._open = [(index, shard) for index, shard in self._open if index >= pieces[0].index]
         while (ahead := self._peek()) is not None and ahead[0] <= last:
             self._ahead = None
-            yield ahead
+            self._open.append(ahead)
+        of_index: dict[int, list[WeightShard]] = {}
+        for index, shard in self._open:
+            of_index.setdefault(index, []).append(shard)
+        for number, piece in enumerate(pieces):
+            for shard in of_index.get(piece.index, ()):
+                if (box := part_of(shard.box, piece)) is not None:
+                    yield number, box, shard
 
     def expect_end(self) -> None:
         assert self._peek() is None, "the last bucket reaches to the manifest's end"
@@ -62,27 +73,38 @@ class ShardReader:
         return index
 
 
+def part_of(box: Box, piece: Piece) -> Box | None:
+    """What a box has of a piece; None if nothing."""
+    if not box:
+        return box
+    start, stop = max(box[0][0], piece.start), min(box[0][1], piece.stop)
+    return ((start, stop), *box[1:]) if start < stop else None
+
+
 def check_coverage(
-    manifest: Sequence[WeightSpec], indices: Sequence[int], ranks: Sequence[Sequence[tuple[int, Box]]]
+    manifest: Sequence[WeightSpec], pieces: Sequence[Piece], ranks: Sequence[Sequence[tuple[int, Box]]]
 ) -> None:
-    """That every element of these tensors was written by exactly one rank, once. `ranks` has each rank's boxes."""
-    written: dict[int, list[tuple[int, Box]]] = {index: [] for index in indices}
+    """That every element of these pieces was written by exactly one rank, once. `ranks` has what each rank wrote: the
+    number of the piece, and the box."""
+    written: dict[int, list[tuple[int, Box]]] = {number: [] for number in range(len(pieces))}
     for rank, boxes in enumerate(ranks):
-        for index, box in boxes:
-            written[index].append((rank, box))
+        for number, box in boxes:
+            written[number].append((rank, box))
     problems = []
-    for index, boxes_of_tensor in written.items():
-        spec = manifest[index]
+    for number, boxes_of_piece in written.items():
+        piece = pieces[number]
+        spec = manifest[piece.index]
         overlaps = [
             f"{spec.hf_name}: rank {a}'s {_text(x)} and rank {b}'s {_text(y)} overlap"
-            for (a, x), (b, y) in itertools.combinations(boxes_of_tensor, 2)
+            for (a, x), (b, y) in itertools.combinations(boxes_of_piece, 2)
             if all(max(p[0], q[0]) < min(p[1], q[1]) for p, q in zip(x, y, strict=True))
         ]
-        size = math.prod(spec.global_shape)
-        missing = size - sum(math.prod(b - a for a, b in box) for _, box in boxes_of_tensor)
+        size = math.prod(piece_shape(spec.global_shape, piece.start, piece.stop))
+        missing = size - sum(math.prod(b - a for a, b in box) for _, box in boxes_of_piece)
         problems += overlaps
         if missing > 0 and not overlaps:
-            problems.append(f"{spec.hf_name}: {missing} of its {size} elements were written by no rank")
+            where = "" if size == math.prod(spec.global_shape) else f" in rows {piece.start} to {piece.stop}"
+            problems.append(f"{spec.hf_name}: {missing} of its {size} elements{where} were written by no rank")
     if problems:
         more = [f"and {len(problems) - _MANY} more"] if len(problems) > _MANY else []
         raise TransferError(listing("The ranks' shards do not make up the model:", problems[:_MANY] + more))

@@ -1,10 +1,13 @@
 """The order and the places in which tensors travel: a plan that every rank makes for itself, from the manifest alone.
 
-The file has two slots. Bucket k lies in slot k % 2, so that one is written while the engine reads the other.
+The file has two slots. Bucket k lies in slot k % 2, so that one is written while the engine reads the other. A tensor
+that does not fit into what is left of a bucket is cut between rows, so no slot is larger than a bucket, however large
+an embedding is.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,11 +19,20 @@ _ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
-class Bucket:
-    """Whole tensors, one after another in the manifest's order."""
+class Piece:
+    """Rows `start` to `stop` of a tensor; a scalar is one row."""
 
-    indices: tuple[int, ...]  # into the manifest
-    offsets: tuple[int, ...]  # from the beginning of the file
+    index: int  # into the manifest
+    start: int
+    stop: int
+    offset: int  # in bytes, from the beginning of the file
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Pieces one after another, in the manifest's order."""
+
+    pieces: tuple[Piece, ...]
     slot: int
 
 
@@ -34,36 +46,49 @@ class Plan:
         return self.slot_bytes * min(NUM_SLOTS, len(self.buckets))
 
 
-def num_bytes(spec: WeightSpec) -> int:
-    count = spec.dtype.itemsize
-    for size in spec.global_shape:
-        count *= size
-    return count
+def rows_of(shape: Sequence[int]) -> int:
+    return shape[0] if shape else 1
+
+
+def row_bytes(spec: WeightSpec) -> int:
+    return math.prod(spec.global_shape[1:]) * spec.dtype.itemsize
+
+
+def piece_shape(shape: Sequence[int], start: int, stop: int) -> tuple[int, ...]:
+    return (stop - start, *shape[1:]) if shape else ()
 
 
 def plan_buckets(manifest: Sequence[WeightSpec], bucket_bytes: int) -> Plan:
-    """Fill buckets in order; a tensor that is larger than a bucket gets one of its own, and all slots its size."""
+    """Fill buckets in order. A bucket that is smaller than one row is as large as that row."""
     names = [spec.hf_name for spec in manifest]
     twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
     if twice or not manifest:
         raise TransferError(listing("The manifest of the weights is empty, or has names twice:", twice))
-    contents: list[list[int]] = [[]]
+    room = max(bucket_bytes, *map(row_bytes, manifest))
+    contents: list[list[tuple[int, int, int, int]]] = [[]]  # (index, start, stop, offset in the slot)
     used = slot_bytes = 0
     for index, spec in enumerate(manifest):
-        size = -(-num_bytes(spec) // _ALIGNMENT) * _ALIGNMENT
-        if contents[-1] and used + size > bucket_bytes:
-            contents.append([])
-            used = 0
-        contents[-1].append(index)
-        used += size
-        slot_bytes = max(slot_bytes, used)
-    return Plan(tuple(_bucket(manifest, indices, k, slot_bytes) for k, indices in enumerate(contents)), slot_bytes)
+        rows, each, start = rows_of(spec.global_shape), row_bytes(spec), 0
+        while True:
+            stop = rows if each == 0 else min(rows, start + max(0, room - used) // each)
+            if start == stop < rows:  # not one row more
+                contents.append([])
+                used = 0
+                continue
+            contents[-1].append((index, start, stop, used))
+            used += (stop - start) * each
+            slot_bytes = max(slot_bytes, _aligned(used))
+            used, start = _aligned(used), stop
+            if start >= rows:
+                break
+    buckets = (_bucket(pieces, number, slot_bytes) for number, pieces in enumerate(contents))
+    return Plan(tuple(buckets), slot_bytes)
 
 
-def _bucket(manifest: Sequence[WeightSpec], indices: list[int], number: int, slot_bytes: int) -> Bucket:
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+def _bucket(pieces: list[tuple[int, int, int, int]], number: int, slot_bytes: int) -> Bucket:
     slot = number % NUM_SLOTS
-    offsets, position = [], slot * slot_bytes
-    for index in indices:
-        offsets.append(position)
-        position += -(-num_bytes(manifest[index]) // _ALIGNMENT) * _ALIGNMENT
-    return Bucket(tuple(indices), tuple(offsets), slot)
+    return Bucket(tuple(Piece(i, start, stop, slot * slot_bytes + used) for i, start, stop, used in pieces), slot)

@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from megatron_dgrpo.errors import RolloutError, TransferError
 from megatron_dgrpo.rollout import messages as m
-from megatron_dgrpo.rollout.wire import Connection, connect
+from megatron_dgrpo.rollout.wire import Connection, ConnectionLost, connect
 
 _SHORT_S = 60.0
 """For questions that are answered within one step of the engine, and for sending."""
@@ -45,6 +45,30 @@ class EngineClient:
             raise
         return client
 
+    @property
+    def lost(self) -> bool:
+        """Whether the connection is closed, from whichever side."""
+        return self._connection.fileno() < 0
+
+    def fileno(self) -> int:
+        """Readable when `take_in` has something to do."""
+        return self._connection.fileno()
+
+    def take_in(self) -> None:
+        """File what has come, without waiting."""
+        for message in self._connection.take():
+            self._file(message)
+
+    def ask(self) -> int:
+        """Ask for a description, which any host that lives gives within one step of its engine; see `answered`."""
+        call = self._open()
+        self._send(m.Describe(call))
+        return call
+
+    def answered(self, call: int) -> bool:
+        """Whether the answer has come; it is not kept."""
+        return bool(self._mail[call]) and self._mail.pop(call) is not None
+
     def describe(self, *, deadline_s: float = _SHORT_S) -> m.EngineInfo:
         call = self._open()
         self._send(m.Describe(call))
@@ -62,8 +86,10 @@ class EngineClient:
 
     # ---- generation ----
 
-    def generate(self, requests: Sequence[m.GenerateRequest], *, deadline_s: float) -> Completions:
-        """The requests are sent at once; completions come as they end, in no order."""
+    def generate(
+        self, requests: Sequence[m.GenerateRequest], *, deadline_s: float, send_s: float | None = None
+    ) -> Completions:
+        """The requests are sent at once (within `send_s`, if that is less); completions come as they end."""
         twice = [name for name, count in Counter(r.prompt_id for r in requests).items() if count > 1]
         if twice:
             raise RolloutError(
@@ -71,7 +97,7 @@ class EngineClient:
             )
         deadline = time.monotonic() + deadline_s
         call = self._open()
-        self._send(m.Generate(call, tuple(requests)), deadline_s)
+        self._send(m.Generate(call, tuple(requests)), min(deadline_s, send_s or deadline_s))
         return Completions(self, call, sum(len(r.seeds) for r in requests), deadline)
 
     # ---- weights ----
@@ -89,12 +115,14 @@ class EngineClient:
         names: Sequence[str],
         offsets: Sequence[int],
         checksums: Sequence[int] = (),
+        rows: Sequence[tuple[int, int]] = (),
         *,
         deadline_s: float = _SHORT_S,
     ) -> int:
-        """Tell the engine that these tensors lie in the file. Returns what `bucket_loaded` needs."""
+        """Tell the engine that these tensors, or rows of them, lie in the file. Returns what `bucket_loaded` needs."""
         call = self._open()
-        self._send(m.LoadBucket(call, tuple(names), tuple(offsets), tuple(checksums)), deadline_s)
+        columns = [tuple(column) for column in zip(*rows, strict=True)]
+        self._send(m.LoadBucket(call, tuple(names), tuple(offsets), tuple(checksums), *columns), deadline_s)
         self._buckets.add(call)
         return call
 
@@ -137,13 +165,17 @@ class EngineClient:
         deadline = time.monotonic() + deadline_s
         box = self._mail[call]
         while not box:
-            message = self._connection.receive(deadline_s=deadline - time.monotonic(), awaiting=awaiting)
-            if message.call in self._mail:  # else the call was given up
-                self._mail[message.call].append(message)
-        message = box.pop(0)
+            self._file(self._connection.receive(deadline_s=deadline - time.monotonic(), awaiting=awaiting))
+        return self._judge(box.pop(0), kind, awaiting)
+
+    def _file(self, message: Any) -> None:
+        if message.call in self._mail:  # else the call was given up
+            self._mail[message.call].append(message)
+
+    def _judge(self, message: Any, kind: type, awaiting: str) -> Any:
         if isinstance(message, m.Failure):
-            error = TransferError if message.kind == "transfer" else RolloutError
-            raise error(f"{self.name}: {message.message}")
+            kinds = {"transfer": TransferError, "engine": ConnectionLost}
+            raise kinds.get(message.kind, RolloutError)(f"{self.name}: {message.message}")
         if not isinstance(message, kind):
             raise RolloutError(f"{self.name} answered with a {type(message).__name__}; waited for {awaiting}")
         return message
@@ -162,12 +194,35 @@ class Completions:
     def __next__(self) -> m.Completion:
         if not self._num_left:
             raise StopIteration
-        awaited = f"{self._num_left} of {self._num_samples} samples"
         try:
-            answer = self._client._next(self._call, m.Completed, self._deadline - time.monotonic(), awaited)
+            left = self._deadline - time.monotonic()
+            answer = self._client._next(self._call, m.Completed, left, self.awaited)
         except BaseException:
             self.close()
             raise
+        return self._count(answer)
+
+    def take(self) -> list[m.Completion]:
+        """Those that were filed (`EngineClient.take_in`), without waiting."""
+        box, taken = self._client._mail.get(self._call, []), []
+        try:
+            while box:
+                taken.append(self._count(self._client._judge(box.pop(0), m.Completed, self.awaited)))
+        except BaseException:
+            self.close()
+            raise
+        return taken
+
+    @property
+    def filed(self) -> bool:
+        """Whether `take` has something to give."""
+        return bool(self._client._mail.get(self._call))
+
+    @property
+    def awaited(self) -> str:
+        return f"{self._num_left} of {self._num_samples} samples"
+
+    def _count(self, answer: m.Completed) -> m.Completion:
         self._num_left -= 1
         if not self._num_left:
             self.close()

@@ -69,6 +69,13 @@ def _is_sequence(origin: Any) -> bool:
     return origin in (tuple, list)
 
 
+def _plain(kind: Any, value: Any) -> bool:
+    """Whether a sequence holds nothing but numbers or texts, as it should: buckets of weights come with thousands."""
+    element, *more = typing.get_args(kind) or (None,)
+    any_length = more == [Ellipsis] or typing.get_origin(kind) is list
+    return any_length and element in (int, str) and all(type(item) is element for item in value)
+
+
 def _items(kind: Any, value: Any, where: str) -> list[tuple[Any, Any]]:
     """The element types of a tuple or list annotation beside the elements of a value."""
     args = typing.get_args(kind)
@@ -96,6 +103,8 @@ def _pack(kind: Any, value: Any, where: str, blobs: list[bytes]) -> Any:
     if kind is np.ndarray:
         return _pack_array(value, where, blobs)
     if _is_sequence(origin):
+        if _plain(kind, value):
+            return list(value)
         return [_pack(k, item, f"{where}[{i}]", blobs) for i, (k, item) in enumerate(_items(kind, value, where))]
     if isinstance(value, Mapping):
         return {key: _pack(typing.get_args(kind)[1], item, f"{where}[{key!r}]", blobs) for key, item in value.items()}
@@ -154,6 +163,8 @@ def _unpack(kind: Any, value: Any, where: str, take: Callable[[int, str], bytes]
     if kind is np.ndarray:
         return _unpack_array(value, where, take)
     if _is_sequence(origin):
+        if _plain(kind, value):
+            return origin(value)
         items = [_unpack(k, item, f"{where}[{i}]", take) for i, (k, item) in enumerate(_items(kind, value, where))]
         return origin(items)
     if isinstance(value, dict):

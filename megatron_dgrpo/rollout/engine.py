@@ -11,6 +11,7 @@ and `start_batch` leaves nothing of that one, neither blocks in the prefix cache
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -27,7 +28,8 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from megatron_dgrpo.errors import RolloutError, TransferError
-from megatron_dgrpo.rollout import vllm_plugin
+from megatron_dgrpo.rollout import vllm_plugin, workers
+from megatron_dgrpo.rollout.compatibility import architecture, shared_memory
 from megatron_dgrpo.rollout.messages import BeginUpdate, Completion, EngineInfo, GenerateRequest, LoadBucket
 
 _MIN_BATCHED_TOKENS = 8192
@@ -47,6 +49,7 @@ class Engine:
         max_num_seqs: int,
         prefix_cache: bool,
         threads: int,
+        tp: int = 1,
         chunked_prefill: int | None = None,
         deterministic: bool = False,
         hf_overrides: dict[str, Any] | None = None,
@@ -65,6 +68,8 @@ class Engine:
                 dtype=dtype,  # type: ignore[arg-type]
                 hf_overrides=hf_overrides or {},  # in place of what config.json says
                 seed=0,  # of nothing that is used: every sample has its own
+                tensor_parallel_size=tp,
+                distributed_executor_backend=workers.HostExecutor if tp > 1 else "uni",
                 max_model_len=max_model_len,
                 kv_cache_memory_bytes=kv_cache_bytes,
                 max_num_seqs=max_num_seqs,
@@ -92,6 +97,7 @@ class Engine:
         return EngineInfo(
             pid=os.getpid(),
             model_path=str(self.model_config.model),
+            architecture=architecture(str(self.model_config.model)),
             vocab_size=self.vocab_size,
             max_model_len=self.model_config.max_model_len,
             dtype=str(self.model_config.dtype).removeprefix("torch."),
@@ -99,6 +105,7 @@ class Engine:
             block_size=self.llm.vllm_config.cache_config.block_size,
             weight_version=self.weight_version,
             whole=self.whole,
+            shared_memory=shared_memory(),
             num_unfinished=self.num_unfinished,
         )
 
@@ -197,7 +204,8 @@ class Engine:
                 f"{self.num_unfinished} samples are unfinished: wait for them or cancel them before an update"
             )
         self.abandon_update()
-        self._rpc(
+        workers.ask(
+            self.llm,
             "init_weight_transfer_engine",
             init_info={
                 "path": message.path,
@@ -207,7 +215,7 @@ class Engine:
                 "dtypes": [t.dtype for t in message.tensors],
             },
         )
-        self._rpc("start_weight_update")
+        workers.ask(self.llm, "start_weight_update")
         self._updating = True
 
     def load_bucket(self, message: LoadBucket) -> None:
@@ -216,18 +224,19 @@ class Engine:
             "names": list(message.names),
             "offsets": list(message.offsets),
             "checksums": list(message.checksums),
+            "rows": list(zip(message.starts, message.stops, strict=True)),
         }
         self._mixed = True
         try:
-            self._rpc("update_weights", update_info=update_info)
-        except Exception:
-            self._updating = False  # vLLM has ended it
+            workers.ask(self.llm, "update_weights", update_info=update_info)
+        except TransferError:
+            self.abandon_update()  # vLLM has ended it only in those workers that failed
             raise
 
     def finish_update(self, version: int) -> None:
         self._in_update()
         try:
-            self._rpc("finish_weight_update")
+            workers.ask(self.llm, "finish_weight_update")
         except Exception:
             self.abandon_update()
             raise
@@ -240,17 +249,12 @@ class Engine:
         """End an update that is under way, if one is. If it has loaded anything, another makes the engine whole."""
         if self._updating:
             self._updating = False
-            try:
-                self._rpc("update_weights", update_info={"abandon": True})
-            except TransferError:
-                pass  # raising is how it is done
+            with contextlib.suppress(TransferError):  # failing is how it is done
+                workers.ask(self.llm, "update_weights", update_info={"abandon": True})
 
     def _in_update(self) -> None:
         if not self._updating:
             raise TransferError("No update is under way: it was not begun, or it failed; begin it again")
-
-    def _rpc(self, method: str, **arguments: Any) -> None:
-        self.llm.collective_rpc(method, kwargs=arguments)
 
     def _reset_prefix_cache(self) -> None:
         """Blocks of other weights must never be found again. vLLM does nothing while a request runs, and says so."""

@@ -27,7 +27,7 @@ from megatron_dgrpo.rollout.vllm_plugin import HOST_ENV
 from megatron_dgrpo.rollout.wire import parse_address
 
 _ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in this process, so nothing of it can be orphaned
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in this process; so does its model, at tp=1
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the default asserts where there is one NUMA node
     "VLLM_CPU_CI_ENV": "1",  # no warm-up of vLLM's own
     "VLLM_NO_USAGE_STATS": "1",
@@ -46,6 +46,7 @@ def serve(
     max_num_seqs: int,
     prefix_cache: bool,
     threads: int,
+    tp: int = 1,
     chunked_prefill: int | None = None,
     deterministic: bool = False,
     hf_overrides: dict[str, Any] | None = None,
@@ -58,18 +59,26 @@ def serve(
         tempfile.tempdir = os.path.dirname(path)  # what vLLM leaves behind lies in the run's folder and goes with it
     from megatron_dgrpo.rollout.engine import Engine  # imports vLLM, which reads the environment
 
-    engine = Engine(
-        model_path=model_path,
-        dtype=dtype,
-        max_model_len=max_model_len,
-        kv_cache_bytes=kv_cache_bytes,
-        max_num_seqs=max_num_seqs,
-        prefix_cache=prefix_cache,
-        threads=threads,
-        chunked_prefill=chunked_prefill,
-        deterministic=deterministic,
-        hf_overrides=hf_overrides,
-    )
+    try:
+        engine = Engine(
+            model_path=model_path,
+            dtype=dtype,
+            max_model_len=max_model_len,
+            kv_cache_bytes=kv_cache_bytes,
+            max_num_seqs=max_num_seqs,
+            prefix_cache=prefix_cache,
+            threads=threads,
+            tp=tp,
+            chunked_prefill=chunked_prefill,
+            deterministic=deterministic,
+            hf_overrides=hf_overrides,
+        )
+    except ValueError as error:  # vLLM's way to refuse settings
+        raise RolloutError(
+            f"vLLM cannot serve {model_path} with max_model_len={max_model_len}, kv_cache_bytes={kv_cache_bytes}, "
+            f"max_num_seqs={max_num_seqs}, dtype={dtype}; if it lacks room, raise kv_cache_bytes or lower "
+            f"max_model_len. In its words: {error}"
+        ) from error
     server = Server(address, key)
     try:
         Host(engine, server).run()

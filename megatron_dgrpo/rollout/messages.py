@@ -31,6 +31,7 @@ def sample_seed(run_seed: int, step: int, prompt_id: str, sample: int) -> int:
 class EngineInfo:
     pid: int
     model_path: str
+    architecture: str  # as config.json names it
     vocab_size: int  # sampling is over all of it, ids without a token included
     max_model_len: int
     dtype: str  # "float32", "bfloat16"
@@ -38,6 +39,7 @@ class EngineInfo:
     block_size: int  # tokens of a block of the prefix cache
     weight_version: int
     whole: bool  # False from the first byte of an update until it is finished
+    shared_memory: str  # see `compatibility.shared_memory`
     num_unfinished: int  # samples that are waiting or being generated
 
 
@@ -173,11 +175,14 @@ class Group:
     prompt_id: str
     prompt_tokens: np.ndarray  # int32 [p]
     responses: tuple[Response, ...]
+    teacher: str | None = None  # the name of the one that scores it, where the data say so
 
     @property
     def trajectories(self) -> list[Trajectory]:
         return [
-            Trajectory(self.prompt_id, r.sample, self.prompt_tokens, r.segments, r.finish_reason, r.rewards)
+            Trajectory(
+                self.prompt_id, r.sample, self.prompt_tokens, r.segments, r.finish_reason, r.rewards, self.teacher
+            )
             for r in self.responses
         ]
 
@@ -189,6 +194,14 @@ class Chunk:
 
     groups: tuple[Group, ...]
     last: bool
+
+
+@register
+@dataclass(frozen=True)
+class WeightsWanted:
+    """Rank 0 to the others, between its trajectories: an engine was started again and needs the current weights."""
+
+    engine: str
 
 
 # ---- weights ----
@@ -217,12 +230,14 @@ class BeginUpdate:
 @register
 @dataclass(frozen=True)
 class LoadBucket:
-    """These tensors lie in the file now. `Done` says that the file's part may be overwritten."""
+    """These tensors, or rows of them, lie in the file now. `Done` says that the file's part may be overwritten."""
 
     call: int
     names: tuple[str, ...]
     offsets: tuple[int, ...]
     checksums: tuple[int, ...]  # one for each name, or none at all
+    starts: tuple[int, ...] = ()  # the first row of each, or none at all: whole tensors
+    stops: tuple[int, ...] = ()  # the row after the last
 
 
 @register

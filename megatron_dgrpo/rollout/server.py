@@ -17,7 +17,7 @@ import time
 from typing import Any
 
 from megatron_dgrpo.errors import RolloutError
-from megatron_dgrpo.rollout.wire import Channel, listen, parse_address
+from megatron_dgrpo.rollout.wire import Channel, keep_alive, listen, parse_address
 
 _CHUNK = 1 << 18
 _HANDSHAKE_S = 20.0
@@ -133,7 +133,7 @@ class Server:
             return
         sock.setblocking(False)
         if sock.family != socket.AF_UNIX:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            keep_alive(sock)
         self._num_accepted += 1
         peer = Peer(sock, self._key, f"client {self._num_accepted}{f' at {source[0]}' if source else ''}")
         self._peers.append(peer)

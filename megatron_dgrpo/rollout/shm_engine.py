@@ -4,7 +4,8 @@ It runs inside vLLM's worker and is driven through vLLM's own calls, in this ord
 
     init_weight_transfer_engine   the whole manifest and the file: checked against the model; nothing has changed yet
     start_weight_update
-    update_weights, repeatedly    some tensors lie in the file: they are loaded; afterwards the file may be overwritten
+    update_weights, repeatedly    some tensors, or rows of them, lie in the file: they are copied to where vLLM keeps
+                                  them; afterwards the file may be overwritten
     finish_weight_update          fails if a tensor never came; packs experts again, which vLLM does at load time only
 
 Every tensor of the model must arrive in every update, so an update that finishes leaves nothing of the old weights. One
@@ -18,6 +19,7 @@ embedding, and rotary frequencies.
 from __future__ import annotations
 
 import contextlib
+import math
 import mmap
 import os
 from dataclasses import dataclass, field
@@ -28,7 +30,9 @@ from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTr
 
 from megatron_dgrpo.checkpoint.hf.headers import read_headers
 from megatron_dgrpo.errors import TransferError, listing
-from megatron_dgrpo.rollout.checksum import checksum
+from megatron_dgrpo.rollout.buckets import piece_shape, rows_of
+from megatron_dgrpo.rollout.checksum import partial_checksum
+from megatron_dgrpo.rollout.loading import Place, copy_rows, find_places
 
 
 @dataclass
@@ -45,6 +49,8 @@ class SharedMemoryUpdate(WeightTransferUpdateInfo):
     names: list[str] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
     checksums: list[int] = field(default_factory=list)
+    rows: list[tuple[int, int]] = field(default_factory=list)
+    """(start, stop) for each name; none: whole tensors."""
     abandon: bool = False
     """Give the update up. vLLM ends an update when a part of it raises, and in no other way."""
 
@@ -70,7 +76,10 @@ class SharedMemoryWeightTransferEngine(WeightTransferEngine[SharedMemoryInit, Sh
         self._optional = _aliases(model) & self._shapes.keys()
         self._dtypes = {parameter.dtype for parameter in model.parameters()}
         self._manifest: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-        self._waiting: set[str] = set()
+        self._places: dict[str, list[Place]] = {}
+        self._next_row: dict[str, int] = {}  # of each tensor that has not come whole; rows come in order
+        self.copied_bytes = 0
+        """Of this rank, in the update that is under way or was the last."""
         self._mapped: mmap.mmap | None = None
 
     # ---- vLLM's calls ----
@@ -98,34 +107,44 @@ class SharedMemoryWeightTransferEngine(WeightTransferEngine[SharedMemoryInit, Sh
             name: (tuple(shape), getattr(torch, dtype))
             for name, shape, dtype in zip(init_info.names, init_info.shapes, init_info.dtypes, strict=True)
         }
+        self._places = find_places(self.model, self._manifest)
 
     def start_weight_update(self) -> None:
         if self._mapped is None:
             raise TransferError("An update was started before its manifest was given")
-        self._waiting = set(self._manifest)
+        self._next_row = dict.fromkeys(self._manifest, 0)
+        self.copied_bytes = 0
 
     def receive_weights(self, update_info: SharedMemoryUpdate) -> None:
         if update_info.abandon:
             self._unmap()
             raise TransferError("The update was given up")
-        unknown = [name for name in update_info.names if name not in self._waiting]
+        info = update_info
+        unknown = [name for name in info.names if name not in self._next_row]
         if unknown:
             raise TransferError(listing("These tensors were not announced, or came before:", unknown))
         assert self._mapped is not None
         whole = torch.frombuffer(self._mapped, dtype=torch.uint8)
-        tensors = [
-            (name, self._view(whole, name, offset))
-            for name, offset in zip(update_info.names, update_info.offsets, strict=True)
+        rows = info.rows or [(0, rows_of(self._manifest[name][0])) for name in info.names]
+        pieces = [
+            (name, start, self._view(whole, name, start, stop, offset))
+            for name, (start, stop), offset in zip(info.names, rows, info.offsets, strict=True)
         ]
-        self._verify(tensors, update_info.checksums)
-        self.model.load_weights(tensors)
-        self._waiting.difference_update(update_info.names)
+        self._verify(pieces, info.checksums)
+        for name, start, piece in pieces:
+            if start != self._next_row.get(name):
+                raise TransferError(f"{name}: its rows from {start} on came, which is not where it was left")
+            self.copied_bytes += copy_rows(self._places[name], start, piece) * piece.element_size()
+            self._next_row[name] = start + rows_of(piece.shape)
+            if self._next_row[name] == rows_of(self._manifest[name][0]):
+                del self._next_row[name]
 
     def finish_weight_update(self) -> None:
-        if self._waiting:
+        if self._next_row:
             raise TransferError(
-                listing("These tensors never came, so the engine has old weights:", sorted(self._waiting))
+                listing("These tensors never came whole, so the engine has old weights:", sorted(self._next_row))
             )
+        self._places = {}
         for module in self.model.modules():  # experts are packed on CPU, and by vLLM only when they are first loaded
             kernel = getattr(getattr(module, "quant_method", None), "moe_kernel", None)
             if kernel is not None and hasattr(module, "w13_weight"):
@@ -155,18 +174,25 @@ class SharedMemoryWeightTransferEngine(WeightTransferEngine[SharedMemoryInit, Sh
             problems.append("some names are there twice")
         return problems
 
-    def _view(self, whole: torch.Tensor, name: str, offset: int) -> torch.Tensor:
+    def _view(self, whole: torch.Tensor, name: str, start: int, stop: int, offset: int) -> torch.Tensor:
         shape, dtype = self._manifest[name]
-        num_bytes = torch.Size(shape).numel() * dtype.itemsize
+        if not 0 <= start <= stop <= rows_of(shape):
+            raise TransferError(f"{name} has no rows {start} to {stop}")
+        shape = piece_shape(shape, start, stop)
+        num_bytes = math.prod(shape) * dtype.itemsize
         if offset < 0 or offset + num_bytes > len(whole):
             raise TransferError(f"{name} would lie outside of the file, at {offset}")
         return whole[offset : offset + num_bytes].view(dtype).view(shape)
 
-    @staticmethod
-    def _verify(tensors: list[tuple[str, torch.Tensor]], checksums: list[int]) -> None:
+    def _verify(self, pieces: list[tuple[str, int, torch.Tensor]], checksums: list[int]) -> None:
         if not checksums:
             return
-        wrong = [name for (name, tensor), sent in zip(tensors, checksums, strict=True) if checksum(tensor) != sent]
+        wrong = []
+        for (name, start, piece), sent in zip(pieces, checksums, strict=True):
+            shape = self._manifest[name][0]
+            box = ((start, start + len(piece)), *((0, n) for n in shape[1:])) if shape else ()
+            if partial_checksum(piece, box, shape) != sent:
+                wrong.append(name)
         if wrong:
             raise TransferError(listing("These tensors did not arrive as they were sent (checksums differ):", wrong))
 

@@ -5,16 +5,20 @@ file holds two buckets. What happens before what:
 
     rank 0   creates the file and offers the manifest to the engines           -> `path`
     ranks    map the file; write bucket k into slot k % 2, once bucket k - 2
-             has been read by all engines (`read` >= k - 1)                    -> `written<slot>` += 1
+             has been read by all engines (`read` >= k - 1)                    -> `wrote<slot>/<rank>`: k and the boxes
     rank 0   when all ranks have written bucket k: checks that their boxes
-             cover its tensors exactly, tells the engines to load it, and
+             cover its pieces exactly, tells the engines to load it, and
              goes on to write its own part of bucket k + 1
     rank 0   before it writes bucket k + 2: waits for the engines' answers     -> `read` += 1
     rank 0   after the last bucket: tells the engines to finish                -> `done`
 
-A rank cannot be two buckets ahead, so one counter per slot is enough. Waiting is done on keys of a `Store`, with a
-deadline, and never in a collective. A rank that fails says so under `failure`, which everybody who waits looks at.
-The file loses its name as soon as all sides have it mapped, so that no way of dying leaves it behind.
+A rank cannot be two buckets ahead, so one key per slot and rank is enough. A question to the store costs as much as a
+megabyte of copying: there is one per rank and bucket, and none where there is one rank. Fresh memory costs more than
+the copy into it: small buckets, whose two slots are used again and again, are faster than large ones.
+
+Waiting is done on keys of a `Store`, with a deadline, and never in a collective. A rank that fails says so under
+`failure`, which everybody who waits looks at. The file loses its name as soon as all sides have it mapped, so that no
+way of dying leaves it behind.
 """
 
 from __future__ import annotations
@@ -33,12 +37,14 @@ from megatron_dgrpo.checkpoint.hf.shards import WeightShard, WeightSpec
 from megatron_dgrpo.errors import DGRPOError, TransferError
 from megatron_dgrpo.rollout.board import Board
 from megatron_dgrpo.rollout.boxes import Box, ShardReader, check_coverage
-from megatron_dgrpo.rollout.buckets import NUM_SLOTS, Bucket, Plan, plan_buckets
+from megatron_dgrpo.rollout.buckets import NUM_SLOTS, Bucket, Piece, Plan, piece_shape, plan_buckets
 from megatron_dgrpo.rollout.checksum import MODULUS, partial_checksum
 from megatron_dgrpo.rollout.client import EngineClient
 from megatron_dgrpo.rollout.messages import TensorSpec
 
 _SHM = "/dev/shm"
+Wrote = tuple[list[tuple[int, Box]], list[int]]
+"""What a rank wrote of a bucket: numbers of pieces with boxes, and the checksum of its part of each piece."""
 
 
 def push_weights(
@@ -82,7 +88,7 @@ def push_weights(
 def _keys(num_ranks: int) -> list[str]:
     """Every key that a push may leave in the store."""
     by_rank = [f"wrote{slot}/{rank}" for slot in range(NUM_SLOTS) for rank in range(num_ranks)]
-    return ["path", *(f"written{slot}" for slot in range(NUM_SLOTS)), "read", "done", *by_rank]
+    return ["path", "read", "done", *by_rank]
 
 
 class _Push:
@@ -104,7 +110,8 @@ class _Push:
                 self.path = os.path.join(_SHM, f"{prefix}weights-{secrets.token_hex(6)}")
                 self._create()
                 self._offer(version)
-                self.board.publish("path", json.dumps([version, self.path]).encode())
+                if self.board.num_ranks > 1:
+                    self.board.publish("path", json.dumps([version, self.path]).encode())
             else:
                 its_version, self.path = json.loads(self.board.await_key("path", "rank 0 to create the shared file"))
                 if its_version != version:
@@ -157,53 +164,62 @@ class _Push:
                 self._collect_answers(num_read)
             elif num_read > 0:
                 self.board.await_count("read", num_read, f"the engines to read bucket {num_read - 1}")
-            self._write(bucket, shards)
-            self.board.count(f"written{bucket.slot}")
+            wrote = self._write(bucket, shards)
             if self.board.rank == 0:
-                self._announce(number, bucket)
+                self._announce(number, bucket, wrote)
+            else:
+                text = json.dumps([number, *wrote]).encode()
+                self.board.publish(f"wrote{bucket.slot}/{self.board.rank}", text)
         shards.expect_end()
         if self.board.rank == 0:
             self._collect_answers(len(self.plan.buckets))
 
-    def _write(self, bucket: Bucket, shards: ShardReader) -> None:
-        places = dict(zip(bucket.indices, bucket.offsets, strict=True))
+    def _write(self, bucket: Bucket, shards: ShardReader) -> Wrote:
         boxes: list[tuple[int, Box]] = []
-        sums = dict.fromkeys(bucket.indices, 0)
-        for index, shard in shards.up_to(bucket.indices[-1]):
-            spec = self.manifest[index]
-            self.target(places[index], spec)[tuple(slice(*b) for b in shard.box)].copy_(shard.local_tensor)
-            boxes.append((index, shard.box))
+        sums = [0] * len(bucket.pieces)
+        for number, box, shard in shards.parts(bucket.pieces):
+            piece, spec = bucket.pieces[number], self.manifest[bucket.pieces[number].index]
+            local, place = shard.local_tensor, self.target(piece, spec)
+            if box:
+                first, (start, stop) = shard.box[0][0], box[0]
+                local = local[start - first : stop - first]
+                place = place[(slice(start - piece.start, stop - piece.start), *(slice(*b) for b in box[1:]))]
+            place.copy_(local)
+            boxes.append((number, box))
             if self.checksums:
-                sums[index] += partial_checksum(shard.local_tensor.to(spec.dtype), shard.box, spec.global_shape)
-        wrote = json.dumps([boxes, [total % MODULUS for total in sums.values()]]).encode()
-        self.board.publish(f"wrote{bucket.slot}/{self.board.rank}", wrote)
+                exact = tuple((a, b) for a, b in box)
+                sums[number] += partial_checksum(local.to(spec.dtype), exact, spec.global_shape)
+        return boxes, [total % MODULUS for total in sums]
 
-    def target(self, offset: int, spec: WeightSpec) -> torch.Tensor:
-        count = torch.Size(spec.global_shape).numel() * spec.dtype.itemsize
-        return self.file[offset : offset + count].view(spec.dtype).view(spec.global_shape)
+    def target(self, piece: Piece, spec: WeightSpec) -> torch.Tensor:
+        shape = torch.Size(piece_shape(spec.global_shape, piece.start, piece.stop))
+        count = shape.numel() * spec.dtype.itemsize
+        return self.file[piece.offset : piece.offset + count].view(spec.dtype).view(shape)
 
     # ---- rank 0 and the engines ----
 
-    def _announce(self, number: int, bucket: Bucket) -> None:
+    def _announce(self, number: int, bucket: Bucket, own: Wrote) -> None:
         """When all ranks have written a bucket whole, the engines may load it; nobody waits for them yet."""
-        full = (number // NUM_SLOTS + 1) * self.board.num_ranks
-        self.board.await_count(f"written{bucket.slot}", full, f"all ranks to write bucket {number}")
+        keys = [f"wrote{bucket.slot}/{rank}" for rank in range(1, self.board.num_ranks)]
+        others = self.board.await_turn(keys, number, f"all ranks to write bucket {number}")
         self._unlink()  # every rank has mapped the file, or it could not have written
-        keys = [f"wrote{bucket.slot}/{rank}" for rank in range(self.board.num_ranks)]
-        wrote = [json.loads(self.board.await_key(key, "its account of what it wrote")) for key in keys]
-        check_coverage(self.manifest, bucket.indices, [boxes for boxes, _ in wrote])
-        names = [self.manifest[i].hf_name for i in bucket.indices]
+        wrote = [own, *others]
+        check_coverage(self.manifest, bucket.pieces, [boxes for boxes, _ in wrote])
+        names = [self.manifest[piece.index].hf_name for piece in bucket.pieces]
+        offsets = [piece.offset for piece in bucket.pieces]
+        rows = [(piece.start, piece.stop) for piece in bucket.pieces]
         sums = [sum(parts) % MODULUS for parts in zip(*[sums for _, sums in wrote], strict=True)]
         left = self.board.left()
         sums = sums if self.checksums else []
-        self.asked.append([c.load_bucket(names, bucket.offsets, sums, deadline_s=left) for c in self.clients])
+        self.asked.append([c.load_bucket(names, offsets, sums, rows, deadline_s=left) for c in self.clients])
 
     def _collect_answers(self, num_rounds: int) -> None:
         while self.num_loaded_rounds < num_rounds:
             for client, call in zip(self.clients, self.asked[self.num_loaded_rounds], strict=True):
                 client.bucket_loaded(call, deadline_s=self.board.left())
             self.num_loaded_rounds += 1
-            self.board.count("read")
+            if self.board.num_ranks > 1:
+                self.board.count("read")
 
     def finish(self, version: int) -> None:
         if self.board.rank != 0:
@@ -211,4 +227,5 @@ class _Push:
             return
         for client in self.clients:
             client.finish_update(version, deadline_s=self.board.left())
-        self.board.publish("done", b"1")
+        if self.board.num_ranks > 1:
+            self.board.publish("done", b"1")

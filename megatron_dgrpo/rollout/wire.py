@@ -31,7 +31,17 @@ from megatron_dgrpo.errors import RolloutError
 from megatron_dgrpo.rollout import codec
 from megatron_dgrpo.rollout.codec import decode, encode, register
 
-__all__ = ["Channel", "Connection", "connect", "decode", "encode", "listen", "parse_address", "register"]
+__all__ = [
+    "Channel",
+    "Connection",
+    "ConnectionLost",
+    "connect",
+    "decode",
+    "encode",
+    "listen",
+    "parse_address",
+    "register",
+]
 
 _HELLO = b"dgrpo/1\n"
 _NONCE = 32
@@ -40,6 +50,23 @@ _SERVER_HELLO = len(_HELLO) + _NONCE
 _CLIENT_HELLO = len(_HELLO) + _NONCE + _PROOF
 _VERDICT = 1 + _PROOF
 _CHUNK = 1 << 18
+
+
+class ConnectionLost(RolloutError):
+    """The other side has gone, or does not answer: what it was asked can be asked of another one."""
+
+
+def keep_alive(sock: socket.socket) -> None:
+    """Of a TCP connection: small messages go at once, and a machine that has gone is noticed within two minutes."""
+    for level, option, value in (
+        (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+        (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 6),
+        (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 120_000),
+    ):
+        sock.setsockopt(level, option, value)
 
 
 def parse_address(text: str) -> tuple[socket.AddressFamily, Any]:
@@ -208,8 +235,12 @@ class Connection:
     def send(self, message: Any, *, deadline_s: float) -> None:
         deadline = time.monotonic() + deadline_s
         self._channel.send(message)
-        while self._channel.outgoing:
-            self._exchange(deadline, f"{self.peer} to take a {type(message).__name__}")
+        try:
+            while self._channel.outgoing:
+                self._exchange(deadline, f"{self.peer} to take a {type(message).__name__}")
+        except RolloutError as error:
+            self.close()  # half a message may be on its way: nothing can follow it
+            raise ConnectionLost(str(error)) from None
 
     def receive(self, *, deadline_s: float, awaiting: str) -> Any:
         """The next message; `awaiting` names what it should be, for the error of a deadline that passes."""
@@ -218,13 +249,36 @@ class Connection:
             self._exchange(deadline, f"{awaiting} from {self.peer}")
         return self._messages.pop(0)
 
+    def take(self) -> list[Any]:
+        """The messages that have come, without waiting. An end of the stream is an error, after all before it."""
+        try:
+            while not self._messages:
+                data = self._socket.recv(_CHUNK)
+                if not data:
+                    raise ConnectionResetError(errno.ECONNRESET, "end of the stream")
+                self._messages += self._channel.receive(data)
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            self.close()
+            raise ConnectionLost(f"{self.peer} closed the connection ({error.strerror})") from None
+        except RolloutError:
+            self.close()
+            raise
+        messages, self._messages = self._messages, []
+        return messages
+
+    def fileno(self) -> int:
+        """Readable when there is something to `take`; -1 when the connection is closed."""
+        return self._socket.fileno()
+
     def close(self) -> None:
         self._socket.close()
 
     def _exchange(self, deadline: float, what: str) -> None:
         """Move bytes in either direction, once."""
         if self._socket.fileno() < 0:
-            raise RolloutError(f"the connection to {self.peer} is closed; waited for {what}")
+            raise ConnectionLost(f"the connection to {self.peer} is closed; waited for {what}")
         poll = select.poll()
         poll.register(self._socket, select.POLLIN | (select.POLLOUT if self._channel.outgoing else 0))
         left = deadline - time.monotonic()
@@ -245,7 +299,7 @@ class Connection:
             return
         except OSError as error:
             self.close()
-            raise RolloutError(f"{self.peer} closed the connection ({error.strerror}); waited for {what}") from None
+            raise ConnectionLost(f"{self.peer} closed the connection ({error.strerror}); waited for {what}") from None
         except RolloutError:
             self.close()
             raise
@@ -261,7 +315,7 @@ def connect(address: str, key: str, *, deadline_s: float, peer: str) -> Connecti
             sock.settimeout(max(0.001, deadline - time.monotonic()))
             sock.connect(target)
             if family != socket.AF_UNIX:
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                keep_alive(sock)
             break
         except OSError as error:
             sock.close()

@@ -57,16 +57,30 @@ class FrozenTeacher:
 
         `trees` are the whole batch, the same on all ranks, as is the way in which the student's ranks share it out.
         """
-        packing = self._packing(student_packing.max_tokens)
-        made = self._forward(trees, packing) if self.decoder is not None else None
+        return self.hand_over(self.score(trees, student_packing), trees, trees, student_packing)
+
+    def score(self, mine: Sequence[Tree], student_packing: Packing) -> TeacherRows | None:
+        """Rows of these trees where this model made them. Ranks without a part of it go on at once."""
+        if self.decoder is None or not mine:
+            return None
+        return self._forward(mine, self._packing(student_packing.max_tokens))
+
+    def hand_over(
+        self, made: TeacherRows | None, mine: Sequence[Tree], trees: Sequence[Tree], student_packing: Packing
+    ) -> TeacherRows | None:
+        """What `score` made of `mine`, some of the batch's `trees`, to the student's last stage.
+
+        Every rank of the world calls it, with or without rows. Where `mine` is empty nothing is sent.
+        """
         spread, everyone = self.rows_in == "host", dist.group.WORLD
         assert everyone is not None
         rows = redistribute(
             made,
+            mine,
             trees,
             teacher=self.groups.grid,
             student=self.student_groups.grid,
-            teacher_packing=packing,
+            teacher_packing=self._packing(student_packing.max_tokens),
             student_packing=student_packing,
             hidden_size=self.spec.hidden_size,
             dtype=self.options.dtype,
@@ -165,7 +179,10 @@ def _head(
     dtype: torch.dtype,
     weights_in: Memory,
 ) -> HeadShard:
-    """Cut at the student's vocabulary boundaries, whatever the teacher's own vocabulary's padding is."""
+    """Cut at the student's vocabulary boundaries, whatever the teacher's own vocabulary's padding is.
+
+    Where a tied teacher's embedding is on this rank, too, and one has all rows of the other, they are one tensor.
+    """
     grid = student_groups.grid
     first, num_valid = student_spec.vocabulary_shard(grid.coordinate("tp"), grid.tp)
     start = min(first, spec.vocab_size)
@@ -174,21 +191,43 @@ def _head(
     first_beyond = min(student_spec.vocab_size, spec.vocab_size) if last else spec.vocab_size
 
     def read(begin: int, end: int) -> torch.Tensor:
-        return read_head(folder, spec, begin, end, dtype).to(platform.device())
+        rows = torch.empty(end - begin, spec.hidden_size, dtype=dtype, device=platform.device())
+        read_head(folder, spec, begin, rows)
+        return rows
 
-    shared = _embedding_rows(decoder, start, stop) if weights_in == "device" else None
+    on_device = weights_in == "device" or not torch.cuda.is_available()
+    embedding = _tied_embedding(decoder) if on_device else None
     beyond = read(first_beyond, spec.vocab_size)
-    rows = read(start, stop) if shared is None else shared
+    if embedding is None:
+        rows = read(start, stop)
+    elif embedding.first <= start <= stop <= embedding.stop:
+        rows = embedding.weight.detach()[start - embedding.first : stop - embedding.first]
+    elif start <= embedding.first <= embedding.stop <= stop and len(embedding.weight) == embedding.num_rows:
+        embedding.weight.data = embedding.weight.new_empty(0)  # before the head is there
+        rows = read(start, stop)
+        embedding.weight.data = rows[embedding.first - start : embedding.stop - start]
+    else:
+        rows = read(start, stop)
     return HeadShard(rows, first, stop - start, beyond if len(beyond) else None)
 
 
-def _embedding_rows(decoder: Decoder | None, start: int, stop: int) -> torch.Tensor | None:
-    """These rows of a tied teacher's head, where this rank has them as its embedding already."""
+@dataclass(frozen=True)
+class _Embedding:
+    """A tied teacher's embedding on its first stage, which has rows of its head."""
+
+    weight: torch.nn.Parameter
+    first: int
+    num_rows: int
+    """Without those that pad the vocabulary."""
+
+    @property
+    def stop(self) -> int:
+        return self.first + self.num_rows
+
+
+def _tied_embedding(decoder: Decoder | None) -> _Embedding | None:
     if decoder is None or not decoder.spec.tied or not decoder.groups.grid.first_stage:
         return None
     grid = decoder.groups.grid
-    first, num_valid = decoder.spec.vocabulary_shard(grid.coordinate("tp"), grid.tp)
-    if not first <= start <= stop <= first + num_valid:
-        return None
-    weight: torch.Tensor = decoder.parts[0].embedding.word_embeddings.weight
-    return weight.detach()[start - first : stop - first]
+    shard = decoder.spec.vocabulary_shard(grid.coordinate("tp"), grid.tp)
+    return _Embedding(decoder.parts[0].embedding.word_embeddings.weight, *shard)

@@ -1,7 +1,8 @@
 """Teacher rows from where its last stage made them to where the student's last stage needs them.
 
-Both models share out the same trees, each over its own data- and context-parallel ranks. So every rank can say,
-without asking, which rows any rank has and wants, and one all-to-all with known sizes moves them. It runs between the
+The student's ranks share out a batch of trees, the teacher's those of them that it scores, each over its own data- and
+context-parallel ranks. So every rank can say, without asking, which rows any rank has and wants, and one all-to-all
+with known sizes moves them. It runs between the
 teacher's forward and the student's schedule, never inside either.
 
 All tensor-parallel ranks of a stage have the same rows; the student's rank u takes from the teacher's rank u mod tp.
@@ -26,6 +27,7 @@ from megatron_dgrpo.teacher.rows import TeacherRows
 
 def redistribute(
     rows: TeacherRows | None,
+    scored: Sequence[Tree],
     trees: Sequence[Tree],
     *,
     teacher: Grid,
@@ -37,13 +39,16 @@ def redistribute(
     spread: bool,
     group: dist.ProcessGroup,
 ) -> TeacherRows | None:
-    """The rows of this rank's share of the student's trees, on the student's last stage; elsewhere None.
+    """The rows of what is `scored` in this rank's share of the student's `trees`, on its last stage; elsewhere None.
 
     Every rank of `group`, which has all ranks of both models under their numbers in the world, calls it, with `rows` on
     the teacher's last stage. With `spread`, a tensor-parallel rank of the student gets its part of the rows alone.
     """
-    plan = _Plan(teacher, student, teacher_packing.rows(trees), student_packing.rows(trees), spread)
+    plan = _Plan(teacher, student, teacher_packing.rows(scored), student_packing.rows(trees), spread)
     me, ranks, where = dist.get_rank(), range(dist.get_world_size(group)), platform.device()
+    if not scored:
+        empty = torch.zeros(0, dtype=torch.int64, device=where), torch.zeros(0, hidden_size, dtype=dtype, device=where)
+        return TeacherRows(*empty) if plan.is_target(me) else None
     outgoing = [plan.streams(me, receiver) for receiver in ranks]
     incoming = [plan.streams(sender, me) for sender in ranks]
     assert (rows is not None) == plan.is_source(me)

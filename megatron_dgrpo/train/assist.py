@@ -1,10 +1,9 @@
-"""The stages of a run as a rank goes through them that has a part of the teacher and none of the student."""
+"""The stages of a run as a rank goes through them that has a part of a teacher and none of the student."""
 
 from __future__ import annotations
 
 from megatron_dgrpo.config.schema import DGRPO, SFT
 from megatron_dgrpo.observe.timers import Phases
-from megatron_dgrpo.packing.trees import trees
 from megatron_dgrpo.train.chunks import chunks
 from megatron_dgrpo.train.evaluation import evaluate
 from megatron_dgrpo.train.run import Run
@@ -12,7 +11,7 @@ from megatron_dgrpo.train.tally import shares
 
 
 def assist(run: Run, stage: SFT | DGRPO, number: int) -> None:
-    """It takes what rank 0 publishes, in the same order as all, and lets the teacher score it."""
+    """It takes what rank 0 publishes, in the same order as all, and lets the teachers score it."""
     evaluate(run, number, 0)
     for step in range(1, stage.steps + 1):
         if isinstance(stage, DGRPO):
@@ -22,5 +21,5 @@ def assist(run: Run, stage: SFT | DGRPO, number: int) -> None:
                 if preflight and parts:  # which has the first share scored again
                     parts, preflight = [*parts, parts[0]], False
                 for members in parts:
-                    run.load_teacher().rows(trees(members), run.packing(stage.micro_batch_tokens))
+                    run.load_teachers().teach(members, run.packing(stage.micro_batch_tokens))
         evaluate(run, number, step)

@@ -11,12 +11,13 @@ from megatron_dgrpo.checkpoint.hf.families import read_spec
 from megatron_dgrpo.config.loader import load
 from megatron_dgrpo.config.rewards import Judge
 from megatron_dgrpo.config.schema import DGRPO, SFT, Config, Evaluation
-from megatron_dgrpo.config.stages import micro_batch_room, samplers
+from megatron_dgrpo.config.stages import dgrpo_stages, micro_batch_room, samplers
 from megatron_dgrpo.data.compatibility import check_fits, check_same
 from megatron_dgrpo.data.dataset import Rows
 from megatron_dgrpo.data.lengths import check_lengths
+from megatron_dgrpo.data.teachers import check_teachers
 from megatron_dgrpo.data.tokenizer import Tokenizer
-from megatron_dgrpo.errors import ConfigError, DGRPOError, UnreachableError, listing
+from megatron_dgrpo.errors import ConfigError, DataError, DGRPOError, UnreachableError, listing
 from megatron_dgrpo.observe.progress import Board
 from megatron_dgrpo.rewards.checks import reward_problems
 
@@ -63,6 +64,7 @@ def check_data(config: Config, *, without_tokenizer: Collection[str] = (), dry: 
         for number in range(len(config.stages)):
             where = f"stages.{number}.data: "
             attempt(lambda i=number: _check_stage(config, i, tokenizers.get(config.student), notes), where)  # type: ignore[misc]
+        attempt(lambda: _check_teachers(config), "teachers: ")
         attempt(lambda: _check_evaluation(config, tokenizers.get(config.student), notes), "evaluation.data: ")
     unreached = notes if dry else None
     for where, section in samplers(config):
@@ -98,6 +100,34 @@ def _check_stage(config: Config, number: int, tokenizer: Tokenizer | None, notes
             unchecked = check_lengths(watched, tokenizer, **lengths)  # type: ignore[arg-type]
             if unchecked:
                 notes.append(f"not checked: stages.{number}.data: the lengths of {unchecked} long rows")
+
+
+def _check_teachers(config: Config) -> None:
+    """Rows name teachers that there are, and none is loaded for nothing."""
+    names = [teacher.model for teacher in config.teachers]
+    problems, named = [], set()
+    routed = [
+        (path, source)
+        for path, stage in dgrpo_stages(config)
+        for source in stage.data.sources
+        if source.teacher is not None
+    ]
+    for path, source in routed:
+        if source.streaming:  # named as they come
+            named.update(names)
+            continue
+        try:
+            named |= check_teachers(Rows(source), names, where=f"{path}.data.teacher")
+        except UnreachableError:
+            raise
+        except DataError as error:
+            problems.append(str(error))
+    if routed and not problems and (idle := [name for name in names if name not in named]):
+        problems.append(
+            f"teachers: no row of a dgrpo stage names {', '.join(map(repr, idle))}; take them out of the list"
+        )
+    if problems:
+        raise ConfigError("\n".join(problems))
 
 
 def _check_evaluation(config: Config, tokenizer: Tokenizer | None, notes: list[str]) -> None:

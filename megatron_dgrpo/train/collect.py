@@ -130,7 +130,7 @@ def _score(
         for completion, scores, kept in zip(completions, scored.scores, scored.kept, strict=True)
         if kept
     ]
-    return Group(row.name, request.prompt_tokens, tuple(responses))
+    return Group(row.name, request.prompt_tokens, tuple(responses), row.teacher)
 
 
 def _response(completion: Completion, seed: int, rewards: dict[str, float]) -> Response:

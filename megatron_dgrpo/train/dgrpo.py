@@ -42,7 +42,7 @@ def run_dgrpo(run: Run, stage: DGRPO, number: int) -> None:
         with phases("sync"):
             run.sync(stage.engine)
         rows = prompts.take(stage.prompts_per_step)
-        tally = Tally(stage, prompts.facts())
+        tally = Tally(stage, prompts.facts(), run.teacher_names if stage.objective.uses_teacher else ())
         updates = _updates(run, stage, chunks(run, stage, number, step, rows, phases), tally, factors, step, phases)
         seen: list[dict[str, float]] = []
         for update, parts in enumerate(updates, 1):
@@ -131,19 +131,17 @@ def _work(
 
 
 def _teach(run: Run, stage: DGRPO, work: Work, trajectories: Sequence[Trajectory]) -> Work:
-    """With the teacher's rows, where the objective has a teacher."""
+    """With what the teachers say, where the objective has teachers."""
     if not stage.objective.uses_teacher:
         return work
-    teacher = run.load_teacher()
-    rows = teacher.rows(trees(trajectories), run.packing(stage.micro_batch_tokens))
-    return replace(work, teacher_head=teacher.head, teacher_rows=rows)
+    return replace(work, lessons=run.load_teachers().teach(trajectories, run.packing(stage.micro_batch_tokens)))
 
 
 def _preflight(
     run: Run, stage: DGRPO, work: Work, factors: dict[str, float], trajectories: Sequence[Trajectory]
 ) -> dict[str, float]:
-    """The teacher has the student's weights where both come from one folder and nothing was trained yet."""
-    again = run.load_teacher().rows(trees(trajectories), run.packing(stage.micro_batch_tokens))
-    teacher = run.config.models[run.config.teachers[0].model]
-    same = run.version == 0 and Path(teacher.path).resolve() == Path(run.model.path).resolve()
+    """A teacher has the student's weights where both come from one folder and nothing was trained yet."""
+    again = run.load_teachers().teach(trajectories, run.packing(stage.micro_batch_tokens))
+    paths = {name: Path(run.config.models[name].path).resolve() for name in run.teacher_names}
+    same = {name for name, path in paths.items() if run.version == 0 and path == Path(run.model.path).resolve()}
     return check_update(run.trained, work, again, factors, same_weights=same)

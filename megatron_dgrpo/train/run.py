@@ -6,9 +6,8 @@ what it publishes in a store, with a deadline. Collectives only ever see tensors
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 
@@ -19,12 +18,12 @@ from megatron_dgrpo.checkpoint.hf.exporter import export_folder, export_shards, 
 from megatron_dgrpo.checkpoint.hf.families import read_spec
 from megatron_dgrpo.checkpoint.hf.output_files import nbytes
 from megatron_dgrpo.config.rewards import AnyReward
-from megatron_dgrpo.config.schema import SFT, Config, Model, Stage
+from megatron_dgrpo.config.schema import SFT, Config, Model, Stage, Teacher
 from megatron_dgrpo.data.chat import prompt_ids
 from megatron_dgrpo.data.dataset import PromptSource, Rows
 from megatron_dgrpo.data.rows import PromptRow
 from megatron_dgrpo.data.tokenizer import Tokenizer
-from megatron_dgrpo.errors import RolloutError, listing
+from megatron_dgrpo.errors import RolloutError, TransferError, listing
 from megatron_dgrpo.model.flops import training_cost
 from megatron_dgrpo.model.layouts import padding_unit
 from megatron_dgrpo.model.megatron_config import BuildOptions
@@ -42,36 +41,27 @@ from megatron_dgrpo.parallel.groups import Groups
 from megatron_dgrpo.rewards.base import Sample
 from megatron_dgrpo.rewards.compose import Settled, settle
 from megatron_dgrpo.rewards.pool import RewardPool
-from megatron_dgrpo.rollout.client import EngineClient
-from megatron_dgrpo.rollout.codec import decode, encode
+from megatron_dgrpo.rollout.board import Board as StoreBoard
 from megatron_dgrpo.rollout.journal import Journal
-from megatron_dgrpo.rollout.messages import Chunk
+from megatron_dgrpo.rollout.messages import Chunk, WeightsWanted
+from megatron_dgrpo.rollout.pool import Pool
 from megatron_dgrpo.rollout.transfer import push_weights
 from megatron_dgrpo.teacher.frozen import FrozenTeacher, load_teacher
+from megatron_dgrpo.train.announcements import Announcements
+from megatron_dgrpo.train.engines import Engines
 from megatron_dgrpo.train.student import Student, load_student
+from megatron_dgrpo.train.teachers import Teachers
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
-
-
-class Engines:
-    """Rank 0's connections to the engine hosts, each made when it is first needed: hosts start while models load."""
-
-    def __init__(self, config: Config, addresses: Mapping[str, str], key: str) -> None:
-        self._config, self._addresses, self._key = config, addresses, key
-        self._clients: dict[str, EngineClient] = {}
-
-    def client(self, name: str) -> EngineClient:
-        if name not in self._clients:
-            deadline_s = self._config.engines[name].start_timeout_s
-            self._clients[name] = EngineClient.connect(self._addresses[name], self._key, deadline_s=deadline_s)
-        return self._clients[name]
+_VERDICT_S = 60.0
+"""What ranks allow rank 0 for looking after its engines, apart from waiting for them."""
 
 
 @dataclass
 class Run:
     config: Config
     groups: Groups
-    student: Student | None  # on ranks that are not the teacher's alone
+    student: Student | None  # on ranks that are not a teacher's alone
     tokenizer: Tokenizer
     store: dist.Store
     engines: Engines | None  # on rank 0
@@ -79,12 +69,16 @@ class Run:
     journal: Journal | None  # on rank 0
     shm_prefix: str
     rewards: RewardPool | None = None  # on rank 0
-    teacher_groups: Groups | None = None
-    teacher: FrozenTeacher | None = None
+    teacher_groups: tuple[Groups, ...] = ()
+    teachers: Teachers | None = None
     versions: dict[str, int] = field(default_factory=dict)  # of the weights that each engine has
     version: int = 0  # of the student's weights: the number of updates so far
-    _published: int = 0
     _failed: dict[str, float] = field(default_factory=dict)  # of rewards, since it was last asked for
+
+    def __post_init__(self) -> None:
+        self._announcements = Announcements(self.store)
+        if self.engines is not None:
+            self.engines.restore, self.engines.note = self._restore, self.note
 
     @property
     def rank(self) -> int:
@@ -161,46 +155,98 @@ class Run:
             )
         return found.trajectories
 
-    def load_teacher(self) -> FrozenTeacher:
-        """The teacher, loaded when the first stage asks for it, on every rank of the world."""
-        if self.teacher is None:
-            assert self.teacher_groups is not None
-            settings = self.config.teachers[0]
-            model = self.config.models[settings.model]
-            with self.board.task("load the teacher"):
-                self.teacher = load_teacher(
-                    model.path,
-                    groups=self.teacher_groups,
-                    options=build_options(model),
-                    student_spec=read_spec(self.model.path, self.model.rope),
-                    student_groups=self.groups,
-                    rope=model.rope,
-                    weights_in=settings.weights_in,
-                    rows_in=settings.rows_in,
-                )
-        return self.teacher
+    @property
+    def teacher_names(self) -> tuple[str, ...]:
+        return tuple(teacher.model for teacher in self.config.teachers)
+
+    def load_teachers(self) -> Teachers:
+        """The teachers, loaded when the first stage asks for them, on every rank of the world."""
+        if self.teachers is None:
+            pairs = zip(self.config.teachers, self.teacher_groups, strict=True)
+            models = tuple(self._load(teacher, groups) for teacher, groups in pairs)
+            self.teachers = Teachers(self.teacher_names, models)
+        return self.teachers
+
+    def _load(self, teacher: Teacher, groups: Groups) -> FrozenTeacher:
+        model = self.config.models[teacher.model]
+        with self.board.task(f"load {teacher.model}"):
+            return load_teacher(
+                model.path,
+                groups=groups,
+                options=build_options(model),
+                student_spec=self.spec,
+                student_groups=self.groups,
+                rope=model.rope,
+                weights_in=teacher.weights_in,
+                rows_in=teacher.rows_in,
+            )
 
     def sync(self, engine: str) -> None:
         """Give an engine the student's weights, unless it has them."""
         if self.student is None or self.versions.get(engine) == self.version:
             return
-        settings = self.config.engines[engine]
-        dtype = DTYPES[settings.dtype or self.model.dtype]
         what = "weights to the engine" if engine in self.versions else "wait for the engine, weights to it"
         with self.board.task(what):
-            push_weights(
-                export_shards(self.student.decoder, dtype),
-                manifest(self.student.decoder.spec, dtype),
-                version=self.version,
-                store=dist.PrefixStore(f"weights/{engine}", self.store),
-                rank=self.rank,
-                num_ranks=self.groups.grid.size,
-                clients=(self.engines.client(engine),) if self.engines else (),
-                bucket_bytes=settings.bucket_bytes,
-                shm_prefix=self.shm_prefix,
-                deadline_s=settings.start_timeout_s + settings.request_timeout_s,
-            )
+            self._give(engine, everywhere=True)
         self.versions[engine] = self.version
+
+    def _restore(self, engine: str) -> None:
+        """On rank 0, in the middle of a batch: have all ranks give the replicas that were lost the batch's weights."""
+        if self.versions.get(engine) != self.version:
+            raise RolloutError(
+                f"engine {engine} was lost with version {self.versions.get(engine)} of the weights, which the student "
+                f"has no more (it has {self.version}): the batch cannot be ended"
+            )
+        self._announcements.say(WeightsWanted(engine))
+        self._give(engine, everywhere=False)
+
+    def _give(self, engine: str, *, everywhere: bool) -> None:
+        """Push the student's weights to all replicas, or to those that were started again. Called by all of the
+        student's ranks; a replica that is lost meanwhile gets them when it is there again."""
+        assert self.student is not None
+        settings = self.config.engines[engine]
+        dtype = DTYPES[settings.dtype or self.model.dtype]
+        while True:
+            pool = self.engines.client(engine) if self.engines else None
+            targets = pool.targets(everywhere=everywhere) if pool else []
+            try:
+                push_weights(
+                    export_shards(self.student.decoder, dtype),
+                    manifest(self.student.decoder.spec, dtype),
+                    version=self.version,
+                    store=dist.PrefixStore(f"weights/{engine}", self.store),
+                    rank=self.rank,
+                    num_ranks=self.groups.grid.size,
+                    clients=[replica.client for replica in targets if replica.client],
+                    bucket_bytes=settings.bucket_bytes,
+                    checksums=settings.checksums,
+                    shm_prefix=self.shm_prefix,
+                    deadline_s=settings.start_timeout_s + settings.request_timeout_s,
+                )
+            except (TransferError, RolloutError):
+                if not self._replicas_were_lost(pool, settings.hang_timeout_s * settings.replicas):
+                    raise
+            else:
+                if pool:
+                    pool.given(targets)
+                return
+
+    def _replicas_were_lost(self, pool: Pool | None, patience_s: float) -> bool:
+        """After a push that failed, on all ranks: whether it did because a replica was lost, so that another can do
+        better. Rank 0 knows."""
+        board = StoreBoard(
+            dist.PrefixStore("weights/again", self.store),
+            "verdict",
+            rank=self.rank,
+            num_ranks=self.groups.grid.size,
+            deadline_s=patience_s + _VERDICT_S,
+        )
+        try:
+            if pool:
+                board.publish("again", b"1" if pool.check() else b"0")
+            return board.await_key("again", "rank 0 to look after the engines") == b"1"
+        finally:
+            board.leave(["again"])
 
     def score(
         self, rewards: Sequence[AnyReward], samples: Sequence[Sample], *, num_prompts: int, skipped_before: int
@@ -223,23 +269,17 @@ class Run:
 
     def share(self, mine: Chunk | None, deadline_s: float) -> Chunk:
         """Rank 0's chunk on every rank. The others wait in the store for at most the deadline."""
-        key, num_readers = f"chunks/{self._published}", dist.get_world_size() - 1
-        self._published += 1
         if self.rank == 0:
             assert mine is not None
-            if num_readers:
-                self.store.set(key, encode(mine))  # type: ignore[arg-type] # its stub says text
+            self._announcements.say(mine)
             return mine
-        try:
-            self.store.wait([key], timedelta(seconds=deadline_s))
-        except dist.DistError as error:
-            raise RolloutError(f"rank {self.rank} waited {deadline_s:g} s for rank 0's rollouts: {error}") from error
-        chunk = decode(self.store.get(key))
-        if self.store.add(f"{key}/read", 1) == num_readers:  # the last one clears up
-            self.store.delete_key(key)
-            self.store.delete_key(f"{key}/read")
-        assert isinstance(chunk, Chunk)
-        return chunk
+        while True:
+            match self._announcements.hear(deadline_s):
+                case WeightsWanted(engine):
+                    if self.student is not None:
+                        self._give(engine, everywhere=False)
+                case Chunk() as chunk:
+                    return chunk
 
     def export(self, target: Path) -> None:
         dtype = DTYPES[self.model.dtype]

@@ -38,8 +38,8 @@ def check_schedule(stage: DGRPO) -> None:
 class Tally:
     """Of one step."""
 
-    def __init__(self, stage: DGRPO, facts: Mapping[str, float]) -> None:
-        self._stage = stage
+    def __init__(self, stage: DGRPO, facts: Mapping[str, float], teachers: Sequence[str] = ()) -> None:
+        self._stage, self._teachers = stage, teachers
         self._in_parts = isinstance(stage.schedule, Periodic)
         self._expected = _expected(stage)
         self._found = 0.0
@@ -65,7 +65,7 @@ class Tally:
     def streams(self, trajectories: Sequence[Trajectory]) -> Streams:
         """Those of a share: of an update of its own, or weighted as a part of the batch that is expected."""
         stage = self._stage
-        batch = dgrpo_streams(trajectories, totals(trajectories, stage.rewards), stage.objective)
+        batch = dgrpo_streams(trajectories, totals(trajectories, stage.rewards), stage.objective, self._teachers)
         for name, value in batch.facts.items():
             self.facts[name] = self.facts.get(name, 0.0) + value
         if not self._in_parts:

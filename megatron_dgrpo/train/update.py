@@ -32,18 +32,18 @@ from megatron_dgrpo.algorithms.diagnostics import (
     sign_disagreement,
 )
 from megatron_dgrpo.algorithms.losses import Evaluation, Loss, Summary, add_summaries, attach, nonfinite_report
-from megatron_dgrpo.algorithms.metrics import Metric, merge, pack, rescaled, unpack, values
+from megatron_dgrpo.algorithms.metrics import Metric, mean_of, merge, pack, rescaled, unpack, values
 from megatron_dgrpo.algorithms.mismatch import mismatch_metrics
 from megatron_dgrpo.algorithms.streams import Streams
 from megatron_dgrpo.errors import NonFiniteError, listing
-from megatron_dgrpo.heads import HeadShard, RowStatistics, gather_rows
+from megatron_dgrpo.heads import RowStatistics, gather_rows
 from megatron_dgrpo.model.schedule import run_schedule
 from megatron_dgrpo.packing.layout import Layout
 from megatron_dgrpo.parallel import platform
 from megatron_dgrpo.parallel.collectives import broadcast_figures
-from megatron_dgrpo.teacher.rows import TeacherRows
-from megatron_dgrpo.train.rows import LossRows
+from megatron_dgrpo.train.rows import LossRows, Taught
 from megatron_dgrpo.train.student import Student
+from megatron_dgrpo.train.teachers import Lesson
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,7 @@ class Work:
     loss: Loss
     factors: Mapping[str, float]
     temperature: float
-    teacher_head: HeadShard | None = None
-    teacher_rows: TeacherRows | None = None
+    lessons: Sequence[Lesson] = ()  # what each teacher says of the batch
     head_options: Mapping[str, Any] = field(default_factory=dict)  # the JSD's alpha, the number of likeliest ids
     balance: bool = False  # compare the gradients of the terms by the hidden states
 
@@ -114,7 +113,7 @@ def old_logprobs(student: Student, work: Work) -> Streams:
     old_N = torch.full((work.streams.num_tokens,), float("nan"), dtype=torch.float64)
 
     def keep(hidden: torch.Tensor, layout: Layout) -> None:
-        statistics = loss_rows(student, hidden, layout, replace(work, teacher_rows=None)).score({"logprob"})
+        statistics = loss_rows(student, hidden, layout, replace(work, lessons=())).score({"logprob"})
         old_N[torch.from_numpy(layout.row_stream_R)] = statistics.logprob_T.double().cpu()
 
     each_micro_batch(student, work.layouts, keep)
@@ -152,6 +151,7 @@ def loss_rows(student: Student, hidden: torch.Tensor, layout: Layout, work: Work
     where, decoder = platform.device(), student.decoder
     stream_R = torch.from_numpy(layout.row_stream_R)
     wide = torch.promote_types(hidden.dtype, torch.float32)
+    streams = work.streams.select(stream_R).to(where, wide)
     return LossRows(
         hidden_RH=gather_rows(
             hidden,
@@ -160,20 +160,27 @@ def loss_rows(student: Student, hidden: torch.Tensor, layout: Layout, work: Work
             sequence_parallel=decoder.config.sequence_parallel,
         ),
         targets_R=torch.from_numpy(layout.row_target_R).to(where),
-        streams=work.streams.select(stream_R).to(where, wide),
+        streams=streams,
         head=decoder.head(),
         temperature=work.temperature,
         group=decoder.groups.tp,
-        teacher_RH=work.teacher_rows.select(stream_R.to(where)) if work.teacher_rows is not None else None,
-        teacher_head=work.teacher_head,
+        taught=tuple(_taught(lesson, i, stream_R.to(where), streams) for i, lesson in enumerate(work.lessons)),
         options=work.head_options,
     )
+
+
+def _taught(lesson: Lesson, number: int, stream_R: torch.Tensor, streams: Streams) -> Taught:
+    """The rows of the `number`th teacher; all rows, where there is no choice."""
+    assert lesson.rows is not None and lesson.head is not None
+    every_R = torch.arange(len(stream_R), device=stream_R.device)
+    index_S = every_R if streams.teacher_N is None else every_R[streams.teacher_N == number]
+    return Taught(index_S, lesson.rows.select(stream_R[index_S]), lesson.head)
 
 
 def _wanted(work: Work) -> set[str]:
     """What the terms read, and what is worth seeing and costs next to nothing beside it."""
     want = {"entropy", *work.loss.statistics}
-    if work.teacher_rows is not None:
+    if work.lessons:
         want |= {"kl", "teacher_logprob"}
     for support in ("student", "teacher"):
         if any(name.startswith(f"kl_topk_{support}") for name in want):
@@ -189,7 +196,7 @@ def _evaluate(rows: LossRows, work: Work, summary: Summary | None) -> tuple[torc
         evaluation = loss.evaluate(statistics, rows.streams, work.factors, summary)
         return attach(evaluation, statistics), evaluation, statistics
 
-    def coefficients(some: RowStatistics, at: slice) -> Mapping[str, torch.Tensor]:
+    def coefficients(some: RowStatistics, at: slice | torch.Tensor) -> Mapping[str, torch.Tensor]:
         return loss.evaluate(some, rows.streams.select(at), work.factors).coefficients
 
     statistics, carrier = rows.score_with_gradients(want, coefficients)
@@ -201,9 +208,19 @@ def _metrics(rows: LossRows, work: Work, evaluation: Evaluation, statistics: Row
     metrics = [evaluation.metrics, by_position(evaluation, statistics, rows.streams)]
     metrics.append(sign_disagreement(evaluation, statistics))
     metrics.append(mismatch_metrics(statistics.logprob_T, rows.streams, POSITION_EDGES))
+    metrics.append(_by_teacher(rows, work, statistics))
     if work.balance:
         metrics.append(gradient_balance(evaluation, rows.hidden_gradient(_wanted(work))))
     return merge(metrics)
+
+
+def _by_teacher(rows: LossRows, work: Work, statistics: RowStatistics) -> dict[str, Metric]:
+    """The mean KL to each of several teachers, over the loss tokens that are its own."""
+    if len(work.lessons) < 2:
+        return {}
+    assert statistics.kl_T is not None and rows.streams.teacher_N is not None
+    owner_R = rows.streams.teacher_N
+    return {f"kl/{lesson.name}": mean_of(statistics.kl_T, owner_R == i) for i, lesson in enumerate(work.lessons)}
 
 
 def _of_the_whole_batch(student: Student, metrics: Mapping[str, Metric]) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -21,18 +21,20 @@ from megatron_dgrpo.rewards.pool import RewardPool
 from megatron_dgrpo.rollout.journal import Journal
 from megatron_dgrpo.train.assist import assist
 from megatron_dgrpo.train.dgrpo import run_dgrpo
-from megatron_dgrpo.train.run import Engines, Run, load_run_student
+from megatron_dgrpo.train.engines import Engines
+from megatron_dgrpo.train.run import Run, load_run_student
 from megatron_dgrpo.train.sft import run_sft
 
 
-def main(*, config_path: str, engines: Mapping[str, str], key: str, shm_prefix: str) -> None:
-    """Target of the supervisor. `engines` are the addresses of the engine hosts that the run uses."""
+def main(*, config_path: str, engines: Mapping[str, Sequence[str]], key: str, control: str, shm_prefix: str) -> None:
+    """Target of the supervisor. `engines` are the addresses of the engine hosts that it starts, replica by replica,
+    `control` its own."""
     config = load(config_path)
     torch.set_num_threads(config.threads_per_rank)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     store = join_world(backend=platform.backend(), timeout_s=config.collective_timeout_s)
-    run = _build(config, store, engines, key, shm_prefix)
+    run = _build(config, store, Engines(config, engines, key, control), shm_prefix)
     for number, stage in enumerate(config.stages):
         match stage:
             case _ if run.student is None:
@@ -53,14 +55,14 @@ def main(*, config_path: str, engines: Mapping[str, str], key: str, shm_prefix: 
         run.rewards.close()
 
 
-def _build(config: Config, store: dist.Store, engines: Mapping[str, str], key: str, shm_prefix: str) -> Run:
+def _build(config: Config, store: dist.Store, engines: Engines, shm_prefix: str) -> Run:
     model = config.models[config.student]
     groups = _groups(model.layout, config)
-    teacher_groups = None
-    if config.teachers:
-        first_rank = groups.grid.size if config.teachers[0].ranks == "own" else 0
-        teacher_groups = _groups(config.models[config.teachers[0].model].layout, config, first_rank)
-    (groups if groups.member or teacher_groups is None else teacher_groups).seed(config.seed)
+    teacher_groups = tuple(
+        _groups(config.models[teacher.model].layout, config, first_rank)
+        for teacher, first_rank in zip(config.teachers, config.first_ranks[:-1], strict=True)
+    )
+    next(mine for mine in (groups, *teacher_groups) if mine.member).seed(config.seed)
     torch.manual_seed(config.seed)
     first = dist.get_rank() == 0
     student = load_run_student(config, groups) if groups.member else None
@@ -70,7 +72,7 @@ def _build(config: Config, store: dist.Store, engines: Mapping[str, str], key: s
         student=student,
         tokenizer=Tokenizer.load(model.path),
         store=store,
-        engines=Engines(config, engines, key) if first else None,
+        engines=engines if first else None,
         records=_records(config) if first else None,
         journal=Journal(Path(config.run_dir) / "rollouts", keep=config.keep_rollouts) if first else None,
         shm_prefix=shm_prefix,

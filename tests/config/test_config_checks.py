@@ -86,6 +86,19 @@ def test_an_engine_that_does_not_serve_the_student() -> None:
     assert all(problem.endswith("set engines.main.model=small") for problem in found)
 
 
+def test_engines_at_addresses_have_a_key_and_replicas_of_their_own() -> None:
+    key, address = ("engines.main.key_file", "key"), "tcp:10.0.0.1:7001"
+    assert problems(spoilt(key, ("engines.main.addresses", [address, "tcp:[::1]:7001", "unix:/run/engine"]))) == []
+    assert only(("engines.main.addresses", [address])).startswith("engines.main.key_file: engines at addresses ask")
+    assert only(key).startswith("engines.main.key_file: engines that the run starts have a key")
+    addresses = ["tcp:10.0.0.1", address, address]
+    assert problems(spoilt(key, ("engines.main.addresses", addresses), ("engines.main.replicas", 2))) == [
+        "engines.main.replicas: the hosts at its addresses are its replicas; leave replicas out",
+        "engines.main.addresses.0: 'tcp:10.0.0.1' is no address; write tcp:HOST:PORT or unix:/PATH",
+        f"engines.main.addresses.2: {address} is listed twice; list each host once",
+    ]
+
+
 def test_layouts() -> None:
     assert only(("models.small.layout", {"sequence_parallel": True}), ("models.large.layout", {})).startswith(
         "models.small.layout.sequence_parallel: needs tensor parallelism; set models.small.layout.tp=2"
@@ -112,6 +125,11 @@ def test_ranks_of_a_run() -> None:
     assert (
         num_ranks(("models.large.layout", {"tp": 2, "pp": 2}), ("teachers", [{"model": "large", "ranks": "own"}])) == 6
     )
+    several = [{"model": "large", "ranks": "own"}, {"model": "shared"}, {"model": "last", "ranks": "own"}]
+    layouts = {"large": {"tp": 2}, "shared": {"dp": 4}, "last": {"pp": 3}}
+    models = [(f"models.{name}", {"path": name, "layout": layout}) for name, layout in layouts.items()]
+    config = spoilt(*models, ("teachers", several))
+    assert config.first_ranks == (4, 0, 6, 9) and config.num_ranks == 9  # after those that students and teachers share
 
 
 def test_teachers_and_beta() -> None:
@@ -125,7 +143,12 @@ def test_teachers_and_beta() -> None:
         "teachers: 'large' is listed 2 times; list it once"
     )
     two = [{"model": "large"}, {"model": "small"}]
-    assert only(("teachers", two)).startswith("stages.1.objective.beta: the KL is to exactly one teacher, 2 are listed")
+    assert only(("teachers", two)).startswith("stages.1.data.teacher: 2 teachers are listed, and nothing says which")
+    routed = ("stages.1.data.teacher", "teacher")
+    assert problems(spoilt(("teachers", two), routed)) == []
+    assert only(("teachers", []), routed, ("stages.1.objective", {"beta": 0})) == (
+        "stages.1.data.teacher: the stage has no teacher; remove it, or set stages.1.objective.beta above 0"
+    )
 
 
 def test_a_stage_that_learns_nothing() -> None:

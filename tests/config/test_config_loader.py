@@ -172,7 +172,7 @@ def test_unknown_keys_name_the_nearest(good: Path) -> None:
         "the keys here are lr, warmup_steps, betas, eps, weight_decay, clip_grad"
     )
     assert only(good, "lr=1") == "lr: unknown key; it belongs at stages.N.optimizer.lr"
-    assert only(good, "tp=1") == "tp: unknown key; it belongs at models.NAME.layout.tp"
+    assert only(good, "tp=1") == "tp: unknown key; it belongs at models.NAME.layout.tp or at engines.NAME.tp"
     assert only(good, "stages.1.batch_size=1") == (
         "stages.1.batch_size: unknown key; it belongs at stages.N.batch_size of kind sft"
     )
@@ -215,7 +215,7 @@ def test_values_out_of_range_say_what_they_are_for(good: Path) -> None:
     assert only(good, "stages.1.rewards=[]").startswith("stages.1.rewards: has 0 entries and needs at least 1")
     assert only(good, "stages=[]").startswith("stages: has 0 entries and needs at least 1")
     assert only(good, "models.small=").startswith("models.small: nothing (an empty or null value) should be a mapping")
-    assert only(good, "teachers={model: small}") == "teachers: a mapping should be a list"
+    assert only(good, "teachers={model: small}").startswith("teachers: a mapping should be a list (")
     assert only(good, "stages.0.optimizer.lr=.nan").startswith("stages.0.optimizer.lr: nan should be")
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_dgrpo.config.schema import Config
 from megatron_dgrpo.errors import ConfigError
-from megatron_dgrpo.launch.preflight import check_models, engine_problems, kv_bytes
+from megatron_dgrpo.launch.preflight import check_models, engine_problems, engine_tp_problems, kv_bytes
 from megatron_dgrpo.model.spec import ModelSpec, Rope
 
 SPEC = ModelSpec(
@@ -47,6 +47,28 @@ def test_a_sequence_takes_whole_blocks_and_vllm_one_more() -> None:
     assert kv_bytes(SPEC, 256, 2, 128) == 3 * 128 * token
     assert kv_bytes(SPEC, 257, 2, 128) == 4 * 128 * token
     assert kv_bytes(SPEC, 257, 2, 16) == 18 * 16 * token
+
+
+@pytest.mark.parametrize(
+    ("tp", "words"),
+    [
+        (1, []),
+        (2, []),
+        (4, []),  # two ranks have the same key-value head
+        (3, ["num_attention_heads of 4", "MLP of 128", "padded vocabulary of 128", "2 key-value heads"]),
+        (8, ["num_attention_heads of 4"]),
+    ],
+)
+def test_models_that_vllm_cannot_cut(tp: int, words: list[str]) -> None:
+    found = list(engine_tp_problems(SPEC, tp))
+    assert len(found) == len(words)
+    assert all(word in problem and problem.startswith(str(tp)) for word, problem in zip(words, found, strict=True))
+
+
+def test_ranks_share_the_key_value_heads() -> None:
+    needed = 5 * 128 * 2 * 3 * 2 * 32 * 2
+    assert problems(kv_cache_bytes=needed // 2, tp=2) == problems(kv_cache_bytes=needed // 2, tp=4) == []
+    assert len(problems(kv_cache_bytes=needed // 2 - 1, tp=4)) == 1
 
 
 @pytest.mark.parametrize(("dtype", "size"), [(None, 2), ("float32", 4)])

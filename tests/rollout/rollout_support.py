@@ -154,7 +154,9 @@ class Host:
 
 
 @contextlib.contextmanager
-def engine_host(folder: str, **settings: object) -> Iterator[Host]:
+def engine_host(
+    folder: str, *, target: str = "megatron_dgrpo.rollout.host:serve", **settings: object
+) -> Iterator[Host]:
     """A host in a process of its own, and the client that owns it."""
     server = session_nursery("engine")
     server.wait_ready()
@@ -171,10 +173,10 @@ def engine_host(folder: str, **settings: object) -> Iterator[Host]:
         prefix_cache=True,
         threads=1,
     )
-    child = server.start("engine", "megatron_dgrpo.rollout.host:serve", {**args, **settings}, log_path=home / "log")
+    child = server.start("engine", target, {**args, **settings}, log_path=home / "log")
     try:
         try:
-            client = EngineClient.connect(address, key, deadline_s=60)
+            client = EngineClient.connect(address, key, deadline_s=150)
         except BaseException:
             print(child.last_words(80))
             raise

@@ -14,7 +14,7 @@ from megatron_dgrpo.checkpoint.hf.shards import WeightShard, WeightSpec
 from megatron_dgrpo.errors import TransferError
 from megatron_dgrpo.rollout.board import Board
 from megatron_dgrpo.rollout.boxes import ShardReader, check_coverage
-from megatron_dgrpo.rollout.buckets import num_bytes, plan_buckets
+from megatron_dgrpo.rollout.buckets import Piece, plan_buckets, row_bytes, rows_of
 from megatron_dgrpo.rollout.checksum import MODULUS, checksum, partial_checksum
 from megatron_dgrpo.rollout.transfer import push_weights
 from megatron_dgrpo.testing.distributed import RankError, run_distributed
@@ -36,18 +36,28 @@ def test_a_plan_has_every_tensor_once_in_order_without_overlap(bucket_bytes):
     dtypes = itertools.cycle([torch.float32, torch.bfloat16, torch.float64])
     manifest = [WeightSpec(f"w{i}", tuple(size), next(dtypes)) for i, size in enumerate(sizes)]
     plan = plan_buckets(manifest, bucket_bytes)
-    assert [i for b in plan.buckets for i in b.indices] == list(range(50))
+    covered = [0] * 50  # rows of each tensor
+    order = []
     for number, bucket in enumerate(plan.buckets):
-        assert bucket.slot == number % 2
+        assert bucket.slot == number % 2 and bucket.pieces
         end = bucket.slot * plan.slot_bytes
-        for index, offset in zip(bucket.indices, bucket.offsets, strict=True):
-            assert offset >= end and offset % 64 == 0
-            end = offset + num_bytes(manifest[index])
-        used = end - bucket.slot * plan.slot_bytes
-        assert used <= plan.slot_bytes and (used <= bucket_bytes or len(bucket.indices) == 1)
-    biggest = max(map(num_bytes, manifest))
-    assert plan.slot_bytes <= max(bucket_bytes, biggest + 64)
+        for piece in bucket.pieces:
+            assert piece.offset >= end and piece.offset % 64 == 0 and piece.start == covered[piece.index]
+            covered[piece.index] = piece.stop
+            end = piece.offset + (piece.stop - piece.start) * row_bytes(manifest[piece.index])
+            order.append(piece.index)
+        assert end - bucket.slot * plan.slot_bytes < max(bucket_bytes, *map(row_bytes, manifest)) + 64
+        assert end <= (bucket.slot + 1) * plan.slot_bytes
+    assert covered == [spec.global_shape[0] for spec in manifest] and order == sorted(order)
+    assert set(order) == set(range(50))
+    assert plan.slot_bytes < max(bucket_bytes, *map(row_bytes, manifest)) + 64
     assert plan.file_bytes == plan.slot_bytes * min(2, len(plan.buckets))
+
+
+def test_scalars_and_tensors_without_elements_have_pieces():
+    plan = plan_buckets([spec("s"), spec("e", 0, 3), spec("n", 3, 0), spec("v", 5)], 12)
+    pieces = [(p.index, p.start, p.stop) for bucket in plan.buckets for p in bucket.pieces]
+    assert pieces == [(0, 0, 1), (1, 0, 0), (2, 0, 3), (3, 0, 3), (3, 3, 5)]
 
 
 def test_empty_manifests_and_names_that_are_there_twice():
@@ -87,6 +97,10 @@ def test_a_checksum_by_hand_and_of_odd_shapes():
 # ---- boxes ----
 
 
+def whole_pieces(manifest, indices=None):
+    return [Piece(i, 0, rows_of(manifest[i].global_shape), 0) for i in indices or range(len(manifest))]
+
+
 def shard(name: str = "w", shape=(4, 6), box=((0, 4), (0, 6)), local=None, dtype=F32) -> WeightShard:
     local = torch.zeros([b - a for a, b in box]) if local is None else local
     return WeightShard(name, shape, dtype, box, local)
@@ -111,7 +125,7 @@ def shard(name: str = "w", shape=(4, 6), box=((0, 4), (0, 6)), local=None, dtype
 def test_a_shard_that_does_not_fit_the_manifest(wrong, text):
     reader = ShardReader(wrong, [spec("v", 1), spec("w", 4, 6), spec("x", 2)])
     with pytest.raises(TransferError, match=text):
-        list(reader.up_to(2))
+        list(reader.parts(whole_pieces([spec("v", 1), spec("w", 4, 6), spec("x", 2)])))
 
 
 def test_shards_are_taken_when_their_bucket_comes():
@@ -123,20 +137,37 @@ def test_shards_are_taken_when_their_bucket_comes():
             yield shard(name, (1,), ((0, 1),))
 
     reader = ShardReader(shards(), [spec("v", 1), spec("w", 1), spec("x", 1)])
-    assert [i for i, _ in reader.up_to(0)] == [0] and taken == ["v", "w"]
-    assert [i for i, _ in reader.up_to(1)] == [1, 1] and taken == ["v", "w", "w", "x"]
-    assert [i for i, _ in reader.up_to(2)] == [2]
+
+    def numbers(*indices):
+        return [number for number, _, _ in reader.parts([Piece(i, 0, 1, 0) for i in indices])]
+
+    assert numbers(0) == [0] and taken == ["v", "w"]
+    assert numbers(1) == [0, 0] and taken == ["v", "w", "w", "x"]
+    assert numbers(2) == [0]
     reader.expect_end()
+
+
+def test_a_shard_is_cut_where_its_tensor_is():
+    local = torch.arange(8.0).view(4, 2)
+    shards = [shard("w", (6, 4), ((1, 5), (2, 4)), local), shard("x", (2,), ((0, 2),))]
+    reader = ShardReader(shards, [spec("w", 6, 4), spec("x", 2)])
+    boxes = [
+        [(number, box, one.hf_name) for number, box, one in reader.parts(pieces)]
+        for pieces in ([Piece(0, 0, 1, 0)], [Piece(0, 1, 3, 0)], [Piece(0, 3, 6, 0), Piece(1, 0, 2, 0)])
+    ]
+    right = (2, 4)
+    assert boxes == [[], [(0, ((1, 3), right), "w")], [(0, ((3, 5), right), "w"), (1, ((0, 2),), "x")]]
 
 
 def test_gaps_and_overlaps_are_all_named():
     manifest = [spec("a", 4, 4), spec("b", 4), spec("c", 2, 2), spec("d", 3), spec("e")]
     left, right = ((0, 4), (0, 2)), ((0, 4), (2, 4))
     whole = [[(0, left), (4, ())], [(0, right), (1, ((0, 4),)), (2, ((0, 2), (0, 2))), (3, ((0, 3),))]]
-    check_coverage(manifest, range(5), whole)
+    pieces = whole_pieces(manifest)
+    check_coverage(manifest, pieces, whole)
     with pytest.raises(TransferError) as caught:
         check_coverage(
-            manifest, range(5), [[(0, left), (1, ((0, 3),)), (4, ())], [(0, ((0, 4), (1, 3))), (3, ((0, 3),))]]
+            manifest, pieces, [[(0, left), (1, ((0, 3),)), (4, ())], [(0, ((0, 4), (1, 3))), (3, ((0, 3),))]]
         )
     assert str(caught.value).splitlines()[1:] == [
         "  - a: rank 0's [0:4, 0:2] and rank 1's [0:4, 1:3] overlap",
@@ -144,7 +175,9 @@ def test_gaps_and_overlaps_are_all_named():
         "  - c: 4 of its 4 elements were written by no rank",
     ]
     with pytest.raises(TransferError, match=r"e: rank 0's \[\] and rank 1's \[\] overlap"):
-        check_coverage(manifest, [4], [[(4, ())], [(4, ())]])
+        check_coverage(manifest, whole_pieces(manifest, [4]), [[(0, ())], [(0, ())]])
+    with pytest.raises(TransferError, match=r"b: 1 of its 2 elements in rows 1 to 3 were written by no rank"):
+        check_coverage(manifest, [Piece(1, 1, 3, 0)], [[(0, ((1, 2),))]])
 
 
 # ---- ranks ----

@@ -24,15 +24,6 @@ from megatron_dgrpo.observe.metrics import read_metrics
 TEMPERATURE = 0.7
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from megatron_dgrpo.testing.one_hop_models import write_models
-
-    folder = tmp_path_factory.mktemp("one_hop")
-    write_models(folder, 0)
-    return folder
-
-
 def _config(files: Path, run_dir: Path, **changes: Any) -> dict[str, Any]:
     """SFT for two steps, dGRPO for three at T = 0.7 with two updates per batch, one at T = 1; TP2 with SP."""
     data = {"path": str(files / "task/train.jsonl")}
@@ -230,6 +221,7 @@ def running(files: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str]
     """`dgrpo train` in the middle of its dGRPO stage."""
     config = _config(files, tmp_path / "run")
     config["stages"][1]["steps"] = 100_000
+    config["engines"]["rollout"]["max_restarts"] = 0
     command = [sys.executable, "-m", "megatron_dgrpo.cli", "train", str(_write(tmp_path, config))]
     process = subprocess.Popen(
         command,

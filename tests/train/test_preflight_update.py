@@ -24,8 +24,10 @@ OBJECTIVES = {
 
 def _faults(work, rank):
     """Name -> the work with something wrong in it."""
-    rows, head, streams = work.teacher_rows, work.teacher_head, work.streams
-    with_rows = lambda hidden_MH: replace(work, teacher_rows=replace(rows, hidden_MH=hidden_MH))  # noqa: E731
+    (lesson,), streams = work.lessons, work.streams
+    rows, head = lesson.rows, lesson.head
+    having = lambda **change: replace(work, lessons=[replace(lesson, **change)])  # noqa: E731
+    with_rows = lambda hidden_MH: having(rows=replace(rows, hidden_MH=hidden_MH))  # noqa: E731
     silent = replace(streams, weights=streams.weights | {"teacher_kl": torch.zeros(streams.num_tokens)})
     scaled = replace(head, weight_VH=head.weight_VH / TEMPERATURE)
     return {
@@ -34,7 +36,7 @@ def _faults(work, rank):
         "rows not a number": with_rows(rows.hidden_MH * float("nan")),
         "coefficient dropped": replace(work, factors=work.factors | {"teacher_kl": 0.0}),
         "weights of the term": replace(work, streams=silent),
-        "head scaled": replace(work, teacher_head=scaled),
+        "head scaled": having(head=scaled),
     }
 
 
@@ -48,6 +50,7 @@ def _check(rank, world, folder, teacher_folder, trajectories, rewards, dtype):
     from megatron_dgrpo.teacher.frozen import load_teacher
     from megatron_dgrpo.train.preflight import check_update
     from megatron_dgrpo.train.student import load_student
+    from megatron_dgrpo.train.teachers import Lesson
     from megatron_dgrpo.train.update import Work
 
     groups = Groups(tp=2, dp=2)
@@ -64,20 +67,22 @@ def _check(rank, world, folder, teacher_folder, trajectories, rewards, dtype):
         loss, factors = dgrpo_loss(objective)
         streams = dgrpo_streams(trajectories, rewards, objective).streams
         options = head_options(objective)
-        rows = teacher.rows(grown, packing)
-        return Work(layouts, streams, loss, factors, TEMPERATURE, teacher.head, rows, head_options=options)
+        return Work(layouts, streams, loss, factors, TEMPERATURE, lessons(teacher), head_options=options)
+
+    def lessons(teacher):
+        return [Lesson("teacher", teacher.head, teacher.rows(grown, packing))]
 
     sound = {}
     for name, objective in OBJECTIVES.items():
         for kind, teacher in teachers.items() if name == "exact" else [("other", teachers["other"])]:
             work = work_of(objective, teacher)
-            again = teacher.rows(grown, packing)
-            sound[name, kind] = check_update(student, work, again, work.factors, same_weights=kind == "same")
-    again = teachers["same"].rows(grown, packing)
+            same = ["teacher"] if kind == "same" else []
+            sound[name, kind] = check_update(student, work, lessons(teacher), work.factors, same_weights=same)
+    again = lessons(teachers["same"])
     work, caught = work_of(OBJECTIVES["exact"], teachers["same"]), {}
     for name, wrong in _faults(work, rank).items():
         try:
-            check_update(student, wrong, again, work.factors, same_weights=True)
+            check_update(student, wrong, again, work.factors, same_weights=["teacher"])
         except ObjectiveError as error:
             caught[name] = str(error)
     untouched = all(

@@ -73,6 +73,14 @@ def _config(folder: str, teacher: str, axes: dict[str, Any], **stage: Any) -> An
     )
 
 
+def _run(config: Any, groups: Any, student: Any, **more: Any) -> Any:
+    """Without anything that generates, scores or keeps records."""
+    from megatron_dgrpo.train.run import Run
+
+    absent: dict[str, Any] = dict.fromkeys(("tokenizer", "store", "engines", "records", "journal"))
+    return Run(config=config, groups=groups, student=student, shm_prefix="", **absent, **more)
+
+
 def _updated(rank: int, world: int, folder: str, teacher: str, axes: dict[str, Any], cases: list[Any]) -> Any:
     """For each case (stage settings, chunks): what the loop reports, the gradient and the weights after it."""
     from megatron_dgrpo.algorithms.build import dgrpo_loss
@@ -80,7 +88,7 @@ def _updated(rank: int, world: int, folder: str, teacher: str, axes: dict[str, A
     from megatron_dgrpo.observe.timers import Phases
     from megatron_dgrpo.parallel.groups import Groups
     from megatron_dgrpo.train.dgrpo import _updates
-    from megatron_dgrpo.train.run import Run, load_run_student
+    from megatron_dgrpo.train.run import load_run_student
     from megatron_dgrpo.train.tally import Tally
     from megatron_dgrpo.train.update import Gradients
 
@@ -92,11 +100,11 @@ def _updated(rank: int, world: int, folder: str, teacher: str, axes: dict[str, A
     for settings, chunks in cases:
         config = _config(folder, teacher, axes, **settings)
         student = load_run_student(config, groups)
-        loaded = run.load_teacher() if run is not None else None
-        run = Run(config, groups, student, None, None, None, None, None, "", groups, loaded)  # type: ignore[arg-type]
+        loaded = run.load_teachers() if run is not None else None
+        run = _run(config, groups, student, teacher_groups=(groups,), teachers=loaded)
         (stage,) = config.stages
         student.start_optimizer(stage.optimizer)
-        tally, factors = Tally(stage, {}), Factors(stage.objective, dgrpo_loss(stage.objective)[0])
+        tally, factors = Tally(stage, {}, run.teacher_names), Factors(stage.objective, dgrpo_loss(stage.objective)[0])
         (parts,) = _updates(run, stage, iter(chunks), tally, factors, 1, Phases())
         gradients, num_parts = Gradients(student), 0
         for work in parts:
@@ -186,7 +194,7 @@ def _twice_reduced(rank: int, world: int, folder: str, teacher: str) -> float:
     from megatron_dgrpo.observe.timers import Phases
     from megatron_dgrpo.parallel.groups import Groups
     from megatron_dgrpo.train.dgrpo import _updates
-    from megatron_dgrpo.train.run import Run, load_run_student
+    from megatron_dgrpo.train.run import load_run_student
     from megatron_dgrpo.train.tally import Tally
     from megatron_dgrpo.train.update import Gradients
 
@@ -194,7 +202,7 @@ def _twice_reduced(rank: int, world: int, folder: str, teacher: str) -> float:
     groups.seed(0)
     config = _config(folder, teacher, {"dp": 2}, schedule="periodic", objective={"beta": 0.0})
     student = load_run_student(config, groups)
-    run = Run(config, groups, student, None, None, None, None, None, "", groups)  # type: ignore[arg-type]
+    run = _run(config, groups, student)
     (stage,) = config.stages
     norms = []
     for early in (False, True):

@@ -63,6 +63,7 @@ def _step(rank: int, world: int, folder: str, teacher_folder: str, trajectories,
     from megatron_dgrpo.parallel.groups import Groups
     from megatron_dgrpo.teacher.frozen import load_teacher
     from megatron_dgrpo.train.student import load_student
+    from megatron_dgrpo.train.teachers import Lesson
     from megatron_dgrpo.train.update import Work, compute_gradients
 
     counts: dict[str, int] = {}
@@ -104,7 +105,7 @@ def _step(rank: int, world: int, folder: str, teacher_folder: str, trajectories,
     loss, factors = dgrpo_loss(Objective())
     with Logits():
         rows = teacher.rows(grown, packing)
-        compute_gradients(student, Work(layouts, streams, loss, factors, 1.0, teacher.head, rows))
+        compute_gradients(student, Work(layouts, streams, loss, factors, 1.0, [Lesson("teacher", teacher.head, rows)]))
     return counts
 
 

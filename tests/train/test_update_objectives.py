@@ -104,6 +104,7 @@ def _train(rank, world, folder, teacher_folder, trajectories, rewards, layout, b
     from megatron_dgrpo.parallel.groups import Groups
     from megatron_dgrpo.teacher.frozen import load_teacher
     from megatron_dgrpo.train.student import load_student
+    from megatron_dgrpo.train.teachers import Lesson
     from megatron_dgrpo.train.update import Work, compute_gradients
 
     groups = Groups(**layout)
@@ -126,9 +127,8 @@ def _train(rank, world, folder, teacher_folder, trajectories, rewards, layout, b
         if case.endswith(", live"):  # one update per batch: the old policy is the live one
             streams = replace(streams, old_logprobs_N=None)
         options = head_options(objective)
-        work = Work(
-            layouts, streams, loss, factors, TEMPERATURE, teacher.head, rows, head_options=options, balance=True
-        )
+        lessons = [Lesson("teacher", teacher.head, rows)]
+        work = Work(layouts, streams, loss, factors, TEMPERATURE, lessons, head_options=options, balance=True)
         metrics = compute_gradients(student, work)
         gather_data_parallel_gradients(student.wrapped)
         found[case] = metrics, pieces(student.decoder, "main_grad")

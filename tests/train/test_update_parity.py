@@ -101,6 +101,7 @@ def _step(rank, world, folder, teacher_folder, trajectories, rewards, case):
     from megatron_dgrpo.parallel.groups import Groups
     from megatron_dgrpo.teacher.frozen import load_teacher
     from megatron_dgrpo.train.student import load_student
+    from megatron_dgrpo.train.teachers import Lesson
     from megatron_dgrpo.train.update import Work, compute_gradients
 
     def groups_of(layout, first_rank=0):
@@ -143,7 +144,9 @@ def _step(rank, world, folder, teacher_folder, trajectories, rewards, case):
     batches = packing.micro_batches(grown, rank=place("dp"), cp_rank=place("cp"))
     loss, factors = dgrpo_loss(OBJECTIVE)
     streams = dgrpo_streams(trajectories, rewards, OBJECTIVE).streams
-    metrics = compute_gradients(student, Work(batches, streams, loss, factors, TEMPERATURE, teacher.head, rows))
+    metrics = compute_gradients(
+        student, Work(batches, streams, loss, factors, TEMPERATURE, [Lesson("teacher", teacher.head, rows)])
+    )
     gather_data_parallel_gradients(student.wrapped)
     return metrics, pieces(student.decoder, "main_grad"), len(batches)
 

@@ -19,41 +19,16 @@ import shutil
 import statistics
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from megatron_dgrpo.testing import run_distributed
+from megatron_dgrpo.testing.memory import Peak
 
 TARGET = 0.5
 SPARE = 256 << 20
-
-
-class Peak:
-    """The most anonymous and own shared memory while it is open, above what there was before."""
-
-    def __init__(self) -> None:
-        self._base, self.bytes, self._stop = _held(), 0, threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> Peak:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._stop.wait(0.002):
-            self.bytes = max(self.bytes, _held() - self._base)
-
-
-def _held() -> int:
-    with open("/proc/self/status") as status:
-        return sum(int(line.split()[1]) << 10 for line in status if line.startswith(("RssAnon:", "RssShmem:")))
 
 
 # ---- What the ranks do; each returns seconds, peak bytes and the bytes of its shard ----------------------------------

@@ -71,6 +71,7 @@ class Step:
         from megatron_dgrpo.model.flops import training_cost
         from megatron_dgrpo.packing.pack import Packing
         from megatron_dgrpo.packing.trees import documents, trees
+        from megatron_dgrpo.train.teachers import Lesson
         from megatron_dgrpo.train.update import Work
 
         grid = self.groups.grid
@@ -80,8 +81,12 @@ class Step:
         rewards = [float(i % 2) for i in range(len(trajectories))]
         streams = dgrpo_streams(trajectories, rewards, Objective()).streams
         loss, factors = dgrpo_loss(Objective())
-        work = Work(layouts, streams, loss, factors, 1.0, self.teacher.head)
-        return work, lambda: replace(work, teacher_rows=self.teacher.rows(grown, packing))
+        work = Work(layouts, streams, loss, factors, 1.0)
+
+        def teach() -> Any:
+            return replace(work, lessons=[Lesson("teacher", self.teacher.head, self.teacher.rows(grown, packing))])
+
+        return work, teach
 
 
 def _seconds(action: Any, *, alone: bool = False) -> float:

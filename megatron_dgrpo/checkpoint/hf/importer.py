@@ -73,8 +73,8 @@ def box_of(rule: Rule, start: int, length: int) -> tuple[tuple[int, int], ...]:
     return tuple((start, start + length) if axis == cut else (0, size) for axis, size in enumerate(rule.hf_shape))
 
 
-def read_head(folder: str | Path, spec: ModelSpec, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
-    """Rows `start` to `stop` of the output head, wherever a tied or untied model keeps it."""
+def read_head(folder: str | Path, spec: ModelSpec, start: int, target: torch.Tensor) -> None:
+    """Fill `target` with the rows of the output head from `start` on, wherever a tied or untied model keeps it."""
     name = "model.embed_tokens.weight" if spec.tied else "lm_head.weight"
     with SafetensorsFolder(read_headers(folder)) as files:
-        return files.read(name, ((start, stop), (0, spec.hidden_size))).to(dtype)
+        files.read_into(name, ((start, start + len(target)), (0, spec.hidden_size)), target)
