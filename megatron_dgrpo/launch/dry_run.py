@@ -17,9 +17,10 @@ from typing import Any
 
 from megatron_dgrpo.checkpoint.hf.families import read_spec
 from megatron_dgrpo.checkpoint.hf.mapping import rules
-from megatron_dgrpo.config.checks import TOKENIZER_FILES, check_files, used_models
+from megatron_dgrpo.config.checks import check_files, used_models
 from megatron_dgrpo.config.loader import dump
 from megatron_dgrpo.config.schema import Config
+from megatron_dgrpo.config.vocabularies import TOKENIZER_FILES
 from megatron_dgrpo.errors import ConfigError, listing
 from megatron_dgrpo.launch.engines import check_engines
 from megatron_dgrpo.launch.memory import Held, Sized, engine_memory, training_checkpoint_bytes
@@ -126,16 +127,17 @@ def num_parameters(spec: ModelSpec) -> int:
 def _engines(config: Config, sized: Mapping[str, Sized]) -> Iterator[str]:
     for name in used_engines(config):
         engine = config.engines[name]
-        hosts, ranks = len(engine.addresses) or engine.replicas, engine.tp
-        each = f" on each of {ranks} ranks" if ranks > 1 else ""
+        hosts = len(engine.addresses) or engine.replicas
+        each = f" ({hosts} hosts)" if hosts > 1 else ""
+        each += f" on each of {engine.tp} ranks" if engine.tp > 1 else ""
         model = config.models[engine.model]
         spec = sized[engine.model].spec
         memory = engine_memory(engine, engine.dtype or model.dtype, spec, num_parameters(spec))
         yield (
-            f"Engine {name}{f' ({hosts} hosts)' if hosts > 1 else ''}{each}: weights {in_words(memory.weights)}, keys and values {in_words(memory.kv_cache)} "
-            f"({in_words(memory.kv_per_token)} a token, {memory.sequences:.1f} sequences of {engine.max_model_len} "
-            f"tokens at a time, at most {engine.max_num_seqs}); weights arrive through {in_words(memory.buckets)} of shared "
-            "memory"
+            f"Engine {name}{each}: weights {in_words(memory.weights)}, keys and values "
+            f"{in_words(memory.kv_cache)} ({in_words(memory.kv_per_token)} a token, {memory.sequences:.1f} sequences "
+            f"of {engine.max_model_len} tokens at a time, at most {engine.max_num_seqs}); weights arrive through "
+            f"{in_words(memory.buckets)} of shared memory"
         )
 
 
