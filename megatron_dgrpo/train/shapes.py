@@ -31,14 +31,13 @@ class Held:
 
 
 def places(layout: Layout) -> Iterator[tuple[int, int]]:
-    """(pipeline stage, rank) of one rank for each place that may differ in what it holds: all but replicas."""
-    grid = Grid(
-        layout.tp, layout.cp, layout.dp, layout.pp, first_rank=0, rank=0, ep=layout.ep, etp=layout.etp
-    )  # fmt: skip
+    """(pipeline stage, rank) of one rank for each place whose shapes may differ. Replicas hold the same, and ranks of
+    experts as many experts each."""
+    grid = Grid(layout.tp, layout.cp, layout.dp, layout.pp, first_rank=0, rank=0, ep=layout.ep, etp=layout.etp)
     seen = set()
     for rank in grid.ranks:
         there = grid.at(rank)
-        place = tuple(there.coordinate(axis) for axis in ("pp", "tp", "ep", "etp"))
+        place = tuple(there.coordinate(axis) for axis in ("pp", "tp", "etp"))
         if place not in seen:
             seen.add(place)
             yield place[0], rank
