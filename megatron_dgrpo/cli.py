@@ -81,6 +81,27 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.set_defaults(run=_train)
 
+    generate = commands.add_parser(
+        "generate",
+        help="responses of a model, or of a run's model, to the prompts of a dataset",
+        description="Write responses as JSON lines: prompt, answer, response, finish reason.",
+    )
+    _trial_arguments(generate)
+    generate.add_argument("--out", metavar="FILE", type=Path, required=True, help="where the lines go")
+    generate.add_argument("--token-ids", action="store_true", help="with the ids of prompts and responses")
+    generate.add_argument("--logprobs", action="store_true", help="with the log-prob of each sampled token")
+    generate.set_defaults(run=_generate)
+
+    evaluate = commands.add_parser(
+        "eval",
+        help="mean reward of a model, or of a run's model, on a dataset",
+        description="Print avg@k with its standard error, and the mean of each reward.",
+    )
+    _trial_arguments(evaluate)
+    evaluate.add_argument("--json", metavar="FILE", type=Path, help="the figures as JSON, too")
+    evaluate.add_argument("--responses", metavar="FILE", type=Path, help="every response with its rewards, as lines")
+    evaluate.set_defaults(run=_eval)
+
     report = commands.add_parser(
         "report",
         help="one HTML page about a run: curves, times, rollouts, events",
@@ -137,6 +158,49 @@ def _parser() -> argparse.ArgumentParser:
     )
     doctor.set_defaults(run=_doctor)
     return parser
+
+
+def _trial_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="MODEL|RUN", type=Path, help="a model's folder, or a run's (run_dir)")
+    parser.add_argument(
+        "overrides",
+        metavar="key=value",
+        nargs="*",
+        help="settings of a config: evaluation.sampling.temperature=0.6, evaluation.rewards=[{kind: number}], "
+        "models.student.dtype=float32, engines.rollout.max_model_len=4096",
+    )
+    parser.add_argument("--data", metavar="FILE", help="rows (evaluation.data.path); a run's own where none is given")
+    parser.add_argument("--samples", type=int, default=1, metavar="K", help="responses to each prompt (%(default)s)")
+    parser.add_argument("--prompts", type=int, metavar="N", help="only the first N rows")
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from megatron_dgrpo.launch.trial import generate
+
+    return generate(
+        options.folder,
+        options.overrides,
+        data=options.data,
+        samples=options.samples,
+        prompts=options.prompts,
+        out=options.out,
+        token_ids=options.token_ids,
+        logprobs=options.logprobs,
+    )
+
+
+def _eval(options: argparse.Namespace) -> int:
+    from megatron_dgrpo.launch.trial import evaluate
+
+    return evaluate(
+        options.folder,
+        options.overrides,
+        data=options.data,
+        samples=options.samples,
+        prompts=options.prompts,
+        figures=options.json,
+        responses=options.responses,
+    )
 
 
 def _train(options: argparse.Namespace) -> int:

@@ -26,9 +26,9 @@ HEAD = """\
 
 <!-- Written by tools/config_reference.py from the schema; change the schema, not this page. -->
 
-A config is YAML with the keys of [`Config`](#config). A key without a default must be given. Where a value comes in kinds,
-it is a mapping whose `kind` says which, with that kind's keys. On the command line `key=value` replaces a value, with the key
-dotted: `stages.0.steps=100`. Whatever is wrong is said before anything starts, all at once.
+A config is YAML with the keys of [`Config`](#config). A key without a default must be given. Where a value comes in
+kinds, it is a mapping whose `kind` says which, with that kind's keys. On the command line `key=value` replaces a value,
+with the key dotted: `stages.0.steps=100`. Whatever is wrong is said before anything starts, all at once.
 """
 
 
