@@ -104,10 +104,11 @@ def _of_run(folder: Path) -> dict[str, Any]:
         raise ConfigError(f"{folder} is a run that has exported no model yet ({exported} is missing): wait for its end")
     student = raw["student"]
     model = {"path": str(exported), "dtype": raw["models"][student]["dtype"]}
-    stages = [stage for stage in raw["stages"] if "engine" in stage]
-    evaluation = raw.get("evaluation") or {key: stages[0][key] for key in ("engine", "sampling", "rewards", "data")} if (
-        raw.get("evaluation") or stages
-    ) else {"engine": ENGINE, "sampling": {"max_tokens": _MAX_TOKENS}}  # fmt: skip
+    sampled = next((stage for stage in raw["stages"] if "engine" in stage), None)
+    evaluation = raw.get("evaluation")
+    if evaluation is None and sampled is not None:
+        evaluation = {key: sampled[key] for key in ("engine", "sampling", "rewards", "data")}
+    evaluation = evaluation or {"engine": ENGINE, "sampling": {"max_tokens": _MAX_TOKENS}}
     engines = raw.get("engines") or {}
     name = evaluation["engine"]
     engine = engines.get(name, {"model": student, "max_model_len": _ROOM + _MAX_TOKENS})

@@ -94,9 +94,15 @@ run_dir: r
 models: {{small: {{path: {files / "student"}, dtype: float32, layout: {{tp: 2}}}}, big: {{path: x}}}}
 student: small
 teachers: [{{model: big}}]
-engines: {{a: {{model: small, max_model_len: 32, addresses: ["tcp:h:1"], key_file: k}}, b: {{model: small, max_model_len: 8}}}}
+engines:
+  a: {{model: small, max_model_len: 32, addresses: ["tcp:h:1"], key_file: k}}
+  b: {{model: small, max_model_len: 8}}
 evaluation:
-  {{data: {{path: held.jsonl, prompt: q}}, engine: a, num_prompts: 7, sampling: {{max_tokens: 4}}, rewards: [{{kind: number}}]}}
+  data: {{path: held.jsonl, prompt: q}}
+  engine: a
+  num_prompts: 7
+  sampling: {{max_tokens: 4}}
+  rewards: [{{kind: number}}]
 stages: [{{kind: sft, data: {{path: d}}, steps: 3, batch_size: 1, optimizer: {{lr: 1.0}}}}]
 """
     (tmp_path / "config.yaml").write_text(text)
