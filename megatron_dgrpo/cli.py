@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_dgrpo import __version__
-from megatron_dgrpo.errors import DGRPOError
+from megatron_dgrpo.errors import ConfigError, DGRPOError
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -211,6 +211,8 @@ def _train(options: argparse.Namespace) -> int:
         from megatron_dgrpo.launch.dry_run import dry_run
 
         return dry_run(config, device_memory=options.device_memory, resolved=options.resolved)
+    if options.device_memory is not None or options.resolved is not None:
+        raise ConfigError("--device-memory and --resolved belong to a dry run: add --dry-run, or leave them out")
     from megatron_dgrpo.launch.run import train
 
     return train(config)

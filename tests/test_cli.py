@@ -124,7 +124,15 @@ def test_a_missing_package_is_a_message_and_a_bug_is_not(
 
 
 def test_a_wrong_command_line_ends_with_2() -> None:
-    for arguments in (["fly"], ["train"], ["doctor", "--for", "nothing"], []):
+    for arguments in (
+        ["fly"],
+        ["train"],
+        ["doctor", "--for", "nothing"],
+        ["doctor", "seed=1"],
+        ["train", "c.yaml", "--dry-run", "--fast"],
+        ["train", "c.yaml", "--dry-run", "--device-memory", "eighty"],
+        [],
+    ):
         with pytest.raises(SystemExit) as end:
             cli.main(arguments)
         assert end.value.code == 2
@@ -133,3 +141,16 @@ def test_a_wrong_command_line_ends_with_2() -> None:
 def test_version() -> None:
     done = dgrpo("--version")
     assert done.returncode == 0 and done.stdout == f"dgrpo {__version__}\n"
+
+
+def test_overrides_may_follow_options(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("{}\n")
+    done = dgrpo("train", "run.yaml", "a.b=1", "--dry-run", "seed=-1", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "seed: -1 should be" in done.stderr and "a: unknown key" in done.stderr
+
+
+def test_a_dry_runs_options_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    example = Path(__file__).resolve().parents[1] / "examples/grpo.yaml"
+    assert cli.main(["train", str(example), "--device-memory", "80GiB"]) == 2
+    assert "add --dry-run" in capsys.readouterr().err

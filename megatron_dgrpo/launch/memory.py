@@ -30,8 +30,10 @@ class Held:
 
     layers: int
     dense: int
+    """All but those of experts; a tied head's copy on the last stage is among them."""
     experts: int
     head: int
+    """Those of `dense` that are an output head of its own."""
 
     @property
     def all(self) -> int:

@@ -7,27 +7,15 @@ and sizes and send nothing. Building a model sends nothing either.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch.distributed as dist
 
 from megatron_dgrpo.config.schema import Layout, Model
+from megatron_dgrpo.launch.memory import Held
 from megatron_dgrpo.model.decoder import Decoder, build_decoder, local_parameters
 from megatron_dgrpo.model.spec import ModelSpec
 from megatron_dgrpo.parallel.groups import Grid, Groups
 from megatron_dgrpo.train.run import build_options
-
-
-@dataclass(frozen=True)
-class Held:
-    """Numbers of parameters on one rank."""
-
-    layers: int
-    dense: int
-    """All but those of experts; a tied head's copy on the last stage is among them."""
-    experts: int
-    head: int
-    """Those of `dense` that are an output head of its own."""
 
 
 def places(layout: Layout) -> Iterator[tuple[int, int]]:
