@@ -52,7 +52,17 @@ def test_help_imports_no_torch() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["config", "config.loader", "config.checks", "launch.doctor", "launch.engines", "launch.run"]
+    "module",
+    [
+        "config",
+        "config.loader",
+        "config.checks",
+        "launch.doctor",
+        "launch.dry_run",
+        "launch.engines",
+        "launch.run",
+        "launch.trial",
+    ],
 )
 def test_modules_of_the_base_install_work_without_torch(module: str) -> None:
     done = python(textwrap.dedent(REFUSE) + f"import megatron_dgrpo.{module}")
