@@ -47,7 +47,7 @@ def test_help_imports_no_torch() -> None:
         assert not set({HEAVY!r}) & sys.modules.keys()
     """)
     assert done.returncode == 0, done.stderr
-    for command in ("train", "engine", "demo", "doctor"):
+    for command in ("train", "generate", "eval", "report", "engine", "demo", "doctor"):
         assert command in done.stdout
 
 
