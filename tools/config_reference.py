@@ -79,7 +79,7 @@ def default(field: FieldInfo) -> str:
         return ""
     value = field.default if field.default is not PydanticUndefined else field.get_default(call_default_factory=True)
     if isinstance(value, BaseModel):
-        given = {name: getattr(value, name) for name in value.model_fields_set}
+        given = {name: getattr(value, name) for name in type(value).model_fields if name in value.model_fields_set}
         if "kind" in type(value).model_fields:
             given = {"kind": value.kind, **given}  # type: ignore[attr-defined] # it has the field
         return f"`{given}`".replace("'", "") if given else f"all of [{type(value).__name__}](#{anchor(type(value))})'s"
