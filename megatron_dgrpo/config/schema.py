@@ -57,6 +57,7 @@ class YarnRope(Frozen):
 
     kind: Literal["yarn"]
     factor: Annotated[float, Field(ge=1)]
+    """By what the context grows."""
     original_max_positions: PositiveInt
     """Context that the model was trained with."""
     base: PositiveFloat | None = None
@@ -74,6 +75,7 @@ class Llama3Rope(Frozen):
 
     kind: Literal["llama3"]
     factor: Annotated[float, Field(ge=1)]
+    """By what the context grows."""
     original_max_positions: PositiveInt
     """Context that the model was trained with."""
     base: PositiveFloat | None = None
@@ -278,6 +280,7 @@ class DGRPO(Stage):
     kind: Literal["dgrpo"]
     engine: str
     prompts_per_step: PositiveInt
+    """Prompts of a batch, each with `group_size` responses."""
     group_size: Annotated[int, Field(ge=2)]
     """Responses per prompt (G)."""
     schedule: Schedule = Synchronous()

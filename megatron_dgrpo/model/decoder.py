@@ -147,8 +147,8 @@ class Decoder(torch.nn.Module):
         return HeadShard(weight, *self.spec.vocabulary_shard(self.groups.grid.coordinate("tp"), self.groups.grid.tp))
 
 
-def build_decoder(spec: ModelSpec, *, groups: Groups, options: BuildOptions) -> Decoder:
-    """A decoder with uninitialised weights, on this rank's device."""
+def build_decoder(spec: ModelSpec, *, groups: Groups, options: BuildOptions, meta: bool = False) -> Decoder:
+    """A decoder with uninitialised weights on this rank's device; with `meta`, with shapes and no weights at all."""
     grid = groups.grid
     axes = Axes(
         tp=grid.tp,
@@ -166,6 +166,10 @@ def build_decoder(spec: ModelSpec, *, groups: Groups, options: BuildOptions) -> 
         raise LayoutError(listing(f"{spec.architecture} does not fit the layout:", problems))
     layers = choose_layers(options.layers, options.fp8, options.offload_layers)
     config = megatron_config(spec, grid, options, layers)
+    if meta:
+        config.use_cpu_initialization = True  # on the device of the context, not on one that Megatron names
+        with torch.device("meta"):
+            return Decoder(spec, config, groups, layers)
     decoder = Decoder(spec, config, groups, layers).to(platform.device())
     dropouts = [module.p for module in decoder.modules() if isinstance(module, torch.nn.Dropout)]
     assert not any((config.attention_dropout, config.hidden_dropout, *dropouts)), "log-probs must be those of a rollout"
