@@ -15,6 +15,7 @@ from megatron_dgrpo.config.frozen import Frozen
 from megatron_dgrpo.config.mismatch import Mismatch
 from megatron_dgrpo.config.objective import Objective
 from megatron_dgrpo.config.rewards import Reward
+from megatron_dgrpo.config.rope import RopeScaling
 from megatron_dgrpo.config.trackers import TrackerSettings
 
 DType = Literal["float32", "bfloat16", "float64"]
@@ -45,49 +46,6 @@ class Layout(Frozen):
         return self.tp * self.cp * self.dp * self.pp
 
 
-class DefaultRope(Frozen):
-    """Rotary embeddings as they are, without any stretching."""
-
-    kind: Literal["default"]
-    base: PositiveFloat | None = None
-    """The model's own where none is given (rope_theta)."""
-
-
-class YarnRope(Frozen):
-    """YaRN: a context of factor x original_max_positions."""
-
-    kind: Literal["yarn"]
-    factor: Annotated[float, Field(ge=1)]
-    original_max_positions: PositiveInt
-    """Context that the model was trained with."""
-    base: PositiveFloat | None = None
-    """The model's own where none is given (rope_theta)."""
-    beta_fast: PositiveFloat = 32.0
-    """Dimensions that turn more often than this in the original context stay as they are."""
-    beta_slow: PositiveFloat = 1.0
-    """Dimensions that turn less often than this in the original context are stretched in full."""
-    attention_factor: PositiveFloat | None = None
-    """Multiplies cosine and sine; 0.1 ln(factor) + 1 where none is given."""
-
-
-class Llama3Rope(Frozen):
-    """Llama 3's way to a context of factor x original_max_positions."""
-
-    kind: Literal["llama3"]
-    factor: Annotated[float, Field(ge=1)]
-    original_max_positions: PositiveInt
-    """Context that the model was trained with."""
-    base: PositiveFloat | None = None
-    """The model's own where none is given (rope_theta)."""
-    low_freq_factor: PositiveFloat = 1.0
-    """Wavelengths above original_max_positions / low_freq_factor are stretched in full."""
-    high_freq_factor: PositiveFloat = 4.0
-    """Wavelengths below original_max_positions / high_freq_factor stay as they are."""
-
-
-RopeScaling = DefaultRope | YarnRope | Llama3Rope
-
-
 class Model(Frozen):
     """A model in Hugging Face format."""
 
@@ -100,6 +58,8 @@ class Model(Frozen):
     """Other rotary embeddings than config.json names, in training, as a teacher and in engines."""
     recompute: Literal["none", "selective", "full"] = "none"
     """What backward computes again instead of keeping it: nothing, attention, or whole layers."""
+    offload_layers: NonNegativeInt = 0
+    """The first layers, but not all: their activations wait for backward in host memory (needs layers = te, pp = 1)."""
     layers: Literal["auto", "te", "local"] = "auto"
     """Transformer Engine's linear layers or Megatron-Core's own; auto: the former where they and a GPU are there."""
     fp8: Literal["tensorwise", "blockwise", "mxfp8"] | None = None
@@ -277,6 +237,7 @@ class DGRPO(Stage):
     kind: Literal["dgrpo"]
     engine: str
     prompts_per_step: PositiveInt
+    """Prompts of a batch, each with `group_size` responses."""
     group_size: Annotated[int, Field(ge=2)]
     """Responses per prompt (G)."""
     schedule: Schedule = Synchronous()

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_dgrpo.config.schema import Llama3Rope, RopeScaling, YarnRope
+from megatron_dgrpo.config.rope import Llama3Rope, RopeScaling, YarnRope
 from megatron_dgrpo.errors import ConversionError, listing
 from megatron_dgrpo.model.spec import ModelSpec, Rope, yarn_attention_factor
 

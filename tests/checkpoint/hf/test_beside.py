@@ -5,7 +5,7 @@ from pathlib import Path
 
 from megatron_dgrpo.checkpoint.hf.beside import copy_beside
 from megatron_dgrpo.checkpoint.hf.families import read_spec
-from megatron_dgrpo.config.schema import YarnRope
+from megatron_dgrpo.config.rope import YarnRope
 from megatron_dgrpo.testing.tiny import save_tiny
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_dgrpo.checkpoint.hf.families import read_spec, rope_parameters
 from megatron_dgrpo.checkpoint.hf.mapping import rules
-from megatron_dgrpo.config.schema import DefaultRope, YarnRope
+from megatron_dgrpo.config.rope import DefaultRope, YarnRope
 from megatron_dgrpo.errors import ConversionError
 from megatron_dgrpo.model.spec import ModelSpec, Rope
 from megatron_dgrpo.parallel.groups import Grid
