@@ -9,8 +9,8 @@ from typing import Any
 
 from megatron_dgrpo.checkpoint.hf.families import read_spec
 from megatron_dgrpo.config.loader import load
-from megatron_dgrpo.config.schema import DGRPO, SFT, Config, Evaluation
-from megatron_dgrpo.config.stages import dgrpo_stages, micro_batch_room, samplers
+from megatron_dgrpo.config.schema import Config, Evaluation, OnPolicy, Static
+from megatron_dgrpo.config.stages import micro_batch_room, samplers, taught_stages
 from megatron_dgrpo.data.compatibility import check_fits, check_same
 from megatron_dgrpo.data.dataset import Rows
 from megatron_dgrpo.data.lengths import check_lengths
@@ -19,6 +19,7 @@ from megatron_dgrpo.data.tokenizer import Tokenizer
 from megatron_dgrpo.errors import ConfigError, DataError, DGRPOError, listing
 from megatron_dgrpo.observe.progress import Board
 from megatron_dgrpo.rewards.checks import reward_problems
+from megatron_dgrpo.train.optimizer_memory import memory_problems
 
 
 def main(*, config_path: str, answer_path: str) -> None:
@@ -59,6 +60,7 @@ def check_data(config: Config) -> list[str]:
             attempt(lambda i=number: _check_stage(config, i, tokenizers[config.student], notes))  # type: ignore[misc]
         attempt(lambda: _check_teachers(config))
         attempt(lambda: _check_evaluation(config, tokenizers[config.student], notes))
+    problems += memory_problems(config)
     for where, section in samplers(config):
         attempt(lambda w=where, s=section: problems.extend(_rewards(w, s)))  # type: ignore[misc]
     if problems:
@@ -69,9 +71,9 @@ def check_data(config: Config) -> list[str]:
 def _check_stage(config: Config, number: int, tokenizer: Tokenizer, notes: list[str]) -> None:
     stage = config.stages[number]
     match stage:
-        case SFT():
+        case Static():
             limit, setting, response = micro_batch_room(config, number), f"stages.{number}.micro_batch_tokens", None
-        case DGRPO():
+        case OnPolicy():
             limit, setting = config.engines[stage.engine].max_model_len, f"engines.{stage.engine}.max_model_len"
             response = stage.sampling.max_tokens
     for source in stage.data.sources:
@@ -79,7 +81,7 @@ def _check_stage(config: Config, number: int, tokenizer: Tokenizer, notes: list[
             notes.append(f"stages.{number}.data: {source.where} is a stream: its rows are checked as they come")
             continue
         with Board().task(f"read {source.where}"):
-            rows = Rows(source, needs_answer=isinstance(stage, SFT))
+            rows = Rows(source, needs_answer=isinstance(stage, Static))
         if rows.bad.count:
             notes.append(f"stages.{number}.data: {rows.bad.summary()}")
         if stage.on_overlong == "error":
@@ -96,7 +98,7 @@ def _check_teachers(config: Config) -> None:
     problems, named = [], set()
     routed = [
         (path, source)
-        for path, stage in dgrpo_stages(config)
+        for path, stage in taught_stages(config)
         for source in stage.data.sources
         if source.teacher is not None
     ]
@@ -110,7 +112,7 @@ def _check_teachers(config: Config) -> None:
             problems.append(str(error))
     if routed and not problems and (idle := [name for name in names if name not in named]):
         problems.append(
-            f"teachers: no row of a dgrpo stage names {', '.join(map(repr, idle))}; take them out of the list"
+            f"teachers: no row of a stage with teachers names {', '.join(map(repr, idle))}; take them out of the list"
         )
     if problems:
         raise ConfigError("\n".join(problems))
@@ -137,7 +139,7 @@ def _check_evaluation(config: Config, tokenizer: Tokenizer, notes: list[str]) ->
     )
 
 
-def _rewards(where: str, section: DGRPO | Evaluation) -> list[str]:
+def _rewards(where: str, section: OnPolicy | Evaluation) -> list[str]:
     def rows() -> Iterator[tuple[str, Mapping[str, Any]]]:  # read only where a reward reads more than the answer
         for source in section.data.sources:
             yield from ((row.name, row.fields) for row in (() if source.streaming else Rows(source)))

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_dgrpo.config.loader import load
-from megatron_dgrpo.config.schema import DGRPO, SFT, Config, Layout
+from megatron_dgrpo.config.schema import Config, Layout, OnPolicy, Static
 from megatron_dgrpo.data.tokenizer import Tokenizer
 from megatron_dgrpo.launch.rendezvous import join_world
 from megatron_dgrpo.observe.records import Records
@@ -22,8 +22,9 @@ from megatron_dgrpo.rollout.journal import Journal
 from megatron_dgrpo.train.assist import assist
 from megatron_dgrpo.train.dgrpo import run_dgrpo
 from megatron_dgrpo.train.engines import Engines
+from megatron_dgrpo.train.epochs import with_steps
 from megatron_dgrpo.train.run import Run, load_run_student
-from megatron_dgrpo.train.sft import run_sft
+from megatron_dgrpo.train.static import run_static
 
 
 def main(*, config_path: str, engines: Mapping[str, Sequence[str]], key: str, control: str, shm_prefix: str) -> None:
@@ -34,14 +35,15 @@ def main(*, config_path: str, engines: Mapping[str, Sequence[str]], key: str, co
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     store = join_world(backend=platform.backend(), timeout_s=config.collective_timeout_s)
+    config = with_steps(config, store)
     run = _build(config, store, Engines(config, engines, key, control), shm_prefix)
     for number, stage in enumerate(config.stages):
         match stage:
             case _ if run.student is None:
                 assist(run, stage, number)
-            case SFT():
-                run_sft(run, stage, number)
-            case DGRPO():
+            case Static():
+                run_static(run, stage, number)
+            case OnPolicy():
                 run_dgrpo(run, stage, number)
     target = Path(config.run_dir) / "hf"
     if run.student is not None:

@@ -138,7 +138,7 @@ def test_teachers_and_beta() -> None:
     assert only(("stages.1.objective", {"beta": 0})).startswith(
         "teachers: listed, but no stage uses one (every dgrpo stage has objective.beta 0); set teachers=[]"
     )
-    assert "there is no dgrpo stage" in only(("stages", data()["stages"][:1]))
+    assert "there is no dgrpo, opd or kd stage" in only(("stages", data()["stages"][:1]))
     assert only(("teachers", [{"model": "large"}, {"model": "large"}])) == (
         "teachers: 'large' is listed 2 times; list it once"
     )
@@ -147,7 +147,7 @@ def test_teachers_and_beta() -> None:
     routed = ("stages.1.data.teacher", "teacher")
     assert problems(spoilt(("teachers", two), routed)) == []
     assert only(("teachers", []), routed, ("stages.1.objective", {"beta": 0})) == (
-        "stages.1.data.teacher: the stage has no teacher; remove it, or set stages.1.objective.beta above 0"
+        "stages.1.data.teacher: this stage has no teacher; remove it, or set stages.1.objective.beta above 0"
     )
 
 
