@@ -153,8 +153,8 @@ def static_streams(
     return Batch(streams, {"loss_tokens": float(streams.num_tokens)})
 
 
-def sft_streams(examples: Sequence[Trajectory]) -> Batch:
-    return static_streams(examples, ["nll"])
+def sft_streams(examples: Sequence[Trajectory], aggregation: Aggregation = "token_mean") -> Batch:
+    return static_streams(examples, ["nll"], aggregation)
 
 
 def _streams(trajectories: Sequence[Trajectory], aggregation: Aggregation, terms: Sequence[str]) -> Streams:

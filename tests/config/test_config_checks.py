@@ -51,7 +51,7 @@ def spoilt(*changes: tuple[str, Any]) -> Config:
         if value is ...:
             del node[last]
         else:
-            node[last] = value
+            node[int(last) if isinstance(node, list) else last] = value
     return Config.model_validate(spoiled)
 
 
