@@ -21,6 +21,7 @@ from megatron_dgrpo.algorithms.corrections import corrected
 from megatron_dgrpo.algorithms.estimators import teacher_divergence
 from megatron_dgrpo.algorithms.factors import Factors
 from megatron_dgrpo.algorithms.losses import Loss
+from megatron_dgrpo.algorithms.overlong import masked_terms, truncated
 from megatron_dgrpo.algorithms.streams import Streams
 from megatron_dgrpo.algorithms.terms import ClippedSurrogate, Term, entropy, nll
 from megatron_dgrpo.config.objective import (
@@ -109,7 +110,9 @@ def dgrpo_streams(
     """
     _check_groups(trajectories)
     loss, _ = dgrpo_loss(objective)
-    bare = _streams(trajectories, objective.aggregation, [term.name for term in loss.terms])
+    terms = [term.name for term in loss.terms]
+    masked = masked_terms(objective, terms)
+    bare = _streams(trajectories, objective.aggregation, terms, masked)
     facts = {"groups": float(len({t.prompt_id for t in trajectories})), "loss_tokens": float(bare.num_tokens)}
     advantages_N = None
     if isinstance(objective, Rewarded):
@@ -157,7 +160,10 @@ def sft_streams(examples: Sequence[Trajectory], aggregation: Aggregation = "toke
     return static_streams(examples, ["nll"], aggregation)
 
 
-def _streams(trajectories: Sequence[Trajectory], aggregation: Aggregation, terms: Sequence[str]) -> Streams:
+def _streams(
+    trajectories: Sequence[Trajectory], aggregation: Aggregation, terms: Sequence[str], masked: Sequence[str] = ()
+) -> Streams:
+    """The `masked` terms have no weight on responses that were cut off."""
     prompt_B, names = _prompts(trajectories)
     targets, positions, samples = [], [], []
     for index, trajectory in enumerate(trajectories):
@@ -170,12 +176,16 @@ def _streams(trajectories: Sequence[Trajectory], aggregation: Aggregation, terms
                 samples.append(np.full(len(segment.tokens), index, dtype=np.int64))
             position = end
     sample_N = _concatenate(samples)
-    weights_N = torch.from_numpy(token_weights(aggregation, sample_N, prompt_B, names=names))
+    whole_N = ~truncated(trajectories)[sample_N]
+    weights_N, of_whole_N = (
+        torch.from_numpy(token_weights(aggregation, sample_N, prompt_B, mask_N=mask_N, names=names))
+        for mask_N in (None, whole_N)
+    )
     return Streams(
         targets_N=torch.from_numpy(_concatenate(targets)),
         sample_N=torch.from_numpy(sample_N),
         position_N=torch.from_numpy(_concatenate(positions)),
-        weights={term: weights_N for term in terms},
+        weights={term: of_whole_N if term in masked else weights_N for term in terms},
         num_samples=len(trajectories),
     )
 

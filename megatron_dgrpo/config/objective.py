@@ -23,7 +23,7 @@ from megatron_dgrpo.config.coefficients import (
 )
 from megatron_dgrpo.config.divergences import never, refusal
 from megatron_dgrpo.config.frozen import Frozen
-from megatron_dgrpo.config.overlong import Keep, Overlong, TaughtOverlong
+from megatron_dgrpo.config.overlong import Keep, Mask, MaskSurrogate, Overlong, TaughtOverlong
 
 # ---- the divergence to the teacher, and what is known of it at each token ----
 
@@ -177,6 +177,11 @@ class OnPolicyObjective(Frozen):
     @property
     def uses_teacher(self) -> bool:
         return False
+
+    @property
+    def masks(self) -> bool:
+        """Whether responses that were cut off are left out of a term."""
+        return isinstance(getattr(self, "overlong", None), Mask | MaskSurrogate)
 
     @property
     def uses_entropy(self) -> bool:

@@ -14,6 +14,7 @@ from megatron_dgrpo.config.mismatch import problems as mismatch_problems
 from megatron_dgrpo.config.objective import Taught
 from megatron_dgrpo.config.objective import problems as objective_problems
 from megatron_dgrpo.config.optimizer import problems as optimizer_problems
+from megatron_dgrpo.config.overlong import Penalise
 from megatron_dgrpo.config.reward_rules import reward_problems
 from megatron_dgrpo.config.rewards import Referenced
 from megatron_dgrpo.config.schema import (
@@ -146,6 +147,12 @@ def objectives(config: Config) -> Iterator[str]:
         if isinstance(stage, OnPolicy | KD):
             yield from (f"{path}.objective.{problem}" for problem in objective_problems(stage.objective))
         if isinstance(stage, OnPolicy):
+            overlong, longest = stage.objective.overlong, stage.sampling.max_tokens
+            if isinstance(overlong, Penalise) and overlong.cache > longest:
+                yield (
+                    f"{path}.objective.overlong.cache: {overlong.cache} tokens are more than sampling.max_tokens="
+                    f"{longest}; lower it (a fifth of max_tokens is usual)"
+                )
             yield from (f"{path}.mismatch.{problem}" for problem in mismatch_problems(stage.mismatch))
 
 
@@ -249,6 +256,12 @@ def schedules(config: Config) -> Iterator[str]:
             yield (
                 f"{path}.schedule.chunk_groups: {schedule.chunk_groups} groups never end, of {stage.prompts_per_step} "
                 f"prompts; set it to {stage.prompts_per_step} or less (a part of them: with all, nothing overlaps)"
+            )
+        if stage.objective.masks and stage.objective.aggregation == "token_mean":
+            yield (
+                f"{path}.objective.overlong: a mean over the tokens that are not masked needs all of them, and the "
+                f"periodic schedule trains on parts; set {path}.schedule=synchronous, or another "
+                f"{path}.objective.aggregation"
             )
         if schedule.groups_in_memory < schedule.chunk_groups:
             yield (

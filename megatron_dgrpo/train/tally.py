@@ -16,7 +16,9 @@ import numpy as np
 
 from megatron_dgrpo.algorithms.aggregation import denominator
 from megatron_dgrpo.algorithms.build import dgrpo_loss, dgrpo_streams
+from megatron_dgrpo.algorithms.overlong import length_by_reward, penalties
 from megatron_dgrpo.algorithms.streams import Streams
+from megatron_dgrpo.config.overlong import Penalise
 from megatron_dgrpo.config.schema import OnPolicy, Periodic
 from megatron_dgrpo.errors import DataError, ObjectiveError
 from megatron_dgrpo.packing.trajectory import Trajectory, by_prompts
@@ -45,6 +47,8 @@ class Tally:
         self._found = 0.0
         self._scores: list[Mapping[str, float]] = []
         self._rewards: list[float] = []
+        self._prompts: list[str] = []
+        self._penalties: list[float] = []
         self._lengths: list[int] = []
         self._truncated: list[bool] = []
         self.samples: list[tuple[Sample, ...]] = []
@@ -69,7 +73,10 @@ class Tally:
     def streams(self, trajectories: Sequence[Trajectory]) -> Streams:
         """Those of a share: of an update of its own, or weighted as a part of the batch that is expected."""
         stage = self._stage
-        batch = dgrpo_streams(trajectories, totals(trajectories, stage.rewards), stage.objective, self._teachers)
+        rewards_B = totals(trajectories, stage.rewards) + penalties(
+            stage.objective, trajectories, stage.sampling.max_tokens
+        )
+        batch = dgrpo_streams(trajectories, rewards_B, stage.objective, self._teachers)
         for name, value in batch.facts.items():
             self.facts[name] = self.facts.get(name, 0.0) + value
         if not self._in_parts:
@@ -95,12 +102,19 @@ class Tally:
         if not (trajectories or self._rewards):  # groups that a reward failed on
             return
         self._scores += [t.rewards for t in trajectories]
+        self._prompts += [t.prompt_id for t in trajectories]
         self._rewards += totals(trajectories, self._stage.rewards).tolist()
         self._lengths += [t.num_loss_tokens for t in trajectories]
         self._truncated += [t.finish_reason == "length" for t in trajectories]
         prompt_tokens = sum(len(t.prompt_tokens) for t in trajectories)
         if self._stage.rewards:
             self.facts |= {"reward/mean": float(np.mean(self._rewards)), "reward/std": float(np.std(self._rewards))}
+            self.facts |= length_by_reward(self._prompts, self._lengths, self._rewards)
+        objective = self._stage.objective
+        if isinstance(objective.overlong, Penalise):
+            lost_B = penalties(objective, trajectories, self._stage.sampling.max_tokens)
+            self._penalties += lost_B.tolist()
+            self.facts["reward/overlong"] = float(np.mean(self._penalties))
         self.facts |= {
             **reward_means(self._scores, "reward"),
             "response/length": float(np.mean(self._lengths)),
