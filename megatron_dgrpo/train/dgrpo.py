@@ -16,10 +16,11 @@ from megatron_dgrpo.config.stages import shaping_note
 from megatron_dgrpo.observe.silence import SilentSteps
 from megatron_dgrpo.observe.timers import Phases
 from megatron_dgrpo.packing.trajectory import Trajectory
-from megatron_dgrpo.packing.trees import trees
+from megatron_dgrpo.packing.trees import name_of, trees
 from megatron_dgrpo.rollout.journal import Trained
 from megatron_dgrpo.train.chunks import chunks
 from megatron_dgrpo.train.evaluation import evaluate
+from megatron_dgrpo.train.finite import finite
 from megatron_dgrpo.train.run import Run
 from megatron_dgrpo.train.tally import Tally, check_schedule
 from megatron_dgrpo.train.teaching import preflight, teach
@@ -32,6 +33,7 @@ def run_dgrpo(run: Run, stage: OnPolicy, number: int) -> None:
     prompts = run.prompts(stage, number)
     factors = Factors(stage.objective, dgrpo_loss(stage.objective)[0])
     rewarded = isinstance(stage.objective, Rewarded)
+    kind = run.config.stages[number].kind
     silent = SilentSteps(rewarded=any(reward.weight for reward in stage.rewards)) if rewarded else None
     student.start_optimizer(stage.optimizer, stage.num_updates)
     if note := shaping_note(stage):
@@ -51,7 +53,7 @@ def run_dgrpo(run: Run, stage: OnPolicy, number: int) -> None:
             for work in parts:
                 with phases("train"):
                     gradients.add(work)
-            with phases("train"):
+            with phases("train"), finite(kind, number, step, update):
                 metrics = gradients.finish(tally.scale)
                 if warning := check_mismatch(stage.mismatch, metrics, f"stages.{number}"):
                     run.note(f"step {step}, update {update}: {warning}", kind="mismatch", level="warning")
@@ -127,5 +129,6 @@ def _work(
         factors,
         stage.sampling.temperature,
         head_options=head_options(stage.objective),
+        names=[name_of(trajectory) for trajectory in trajectories],
         balance=stage.diagnostics_every > 0 and (step - 1) % stage.diagnostics_every == 0,
     )

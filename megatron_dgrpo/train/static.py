@@ -12,8 +12,9 @@ from megatron_dgrpo.data.dataset import PromptSource
 from megatron_dgrpo.data.supervised import example
 from megatron_dgrpo.observe.timers import Phases
 from megatron_dgrpo.packing.trajectory import Trajectory
-from megatron_dgrpo.packing.trees import documents, trees
+from megatron_dgrpo.packing.trees import documents, name_of, trees
 from megatron_dgrpo.train.evaluation import evaluate
+from megatron_dgrpo.train.finite import finite
 from megatron_dgrpo.train.run import Run
 from megatron_dgrpo.train.teaching import preflight, teach
 from megatron_dgrpo.train.update import Work, compute_gradients
@@ -38,7 +39,7 @@ def run_static(run: Run, stage: Static, number: int) -> None:
             if step == 1 and isinstance(stage, KD) and stage.preflights:
                 with phases("preflight"):
                     facts |= preflight(run, stage, work, work.factors, examples)
-        with phases("train"):
+        with phases("train"), finite(run.config.stages[number].kind, number, step):
             metrics = compute_gradients(student, work) | student.update()
             run.version += 1
         run.report(number, step, facts | metrics, phases=phases)
@@ -63,14 +64,15 @@ def _work(
 ) -> tuple[Work, dict[str, float]]:
     """This rank's micro-batches, the streams of the whole batch, and its figures. A teacher scores trees."""
     loss = static_loss(stage)
-    names = [term.name for term in loss.terms]
+    names, samples = [term.name for term in loss.terms], [name_of(e) for e in examples]
     grown = trees(examples) if stage.uses_teacher else documents(examples)
     layouts = run.micro_batches(grown, stage.micro_batch_tokens)
     if not isinstance(stage, KD):
         batch = static_streams(examples, names)
-        return Work(layouts, batch.streams, loss, sft_loss()[1], temperature=1.0), batch.facts
+        return Work(layouts, batch.streams, loss, sft_loss()[1], temperature=1.0, names=samples), batch.facts
     batch = static_streams(examples, names, stage.objective.aggregation, run.teacher_names)
-    work = Work(layouts, batch.streams, loss, factors, 1.0, head_options=head_options(stage.objective))
+    options = head_options(stage.objective)
+    work = Work(layouts, batch.streams, loss, factors, 1.0, head_options=options, names=samples)
     every = stage.diagnostics_every
     return replace(work, balance=every > 0 and (step - 1) % every == 0), batch.facts
 

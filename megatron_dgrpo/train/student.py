@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 
@@ -96,12 +97,20 @@ class Student:
         if not math.isfinite(norm):
             raise NonFiniteError(
                 f"the gradient's norm is {norm} at update {self._updates + 1} of this stage (learning rate "
-                f"{lr:g}); no weight was changed. "
+                f"{lr:g}); no weight was changed. On rank {dist.get_rank()} it comes from "
+                f"{', '.join(self._bad_gradients()) or 'nothing'}. "
                 "Lower the learning rate, or look for the sample in the rollouts of this step"
             )
         self.optimizer.step()
         self._updates += 1
         return {"grad_norm": norm, "lr": lr}
+
+    def _bad_gradients(self, limit: int = 4) -> list[str]:
+        """Parameters whose gradient is not finite in this rank's buffers: its own part of the sum, and what it alone
+        contributed elsewhere."""
+        named = (item for part in self.wrapped for item in part.named_parameters())
+        bad = [name for name, p in named if hasattr(p, "main_grad") and not bool(torch.isfinite(p.main_grad).all())]
+        return bad[:limit] + ([f"and {len(bad) - limit} more"] if len(bad) > limit else [])
 
 
 def load_student(
