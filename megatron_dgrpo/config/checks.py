@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_dgrpo.config import stages
+from megatron_dgrpo.config import layouts, stages
 from megatron_dgrpo.config.data import ROW_FILES, SAVED_DATASET, Dataset
 from megatron_dgrpo.config.data import problems as data_problems
 from megatron_dgrpo.config.explain import nearest
@@ -39,8 +39,8 @@ def check_files(config: Config) -> None:
 def problems(config: Config) -> list[str]:
     """What is contradictory; touches nothing outside the config."""
     rules: tuple[Callable[[Config], Iterator[str]], ...] = (
-        _numbers, _model_names, _layouts, stages.teachers, _engines, _data, stages.objectives, stages.optimizers,
-        stages.rewards, stages.batches, stages.schedules, stages.lengths, stages.shaping,
+        _numbers, _model_names, layouts.problems, stages.teachers, _engines, _data, stages.objectives,
+        stages.optimizers, stages.rewards, stages.batches, stages.schedules, stages.lengths, stages.shaping,
     )  # fmt: skip
     return [problem for rule in rules for problem in rule(config)]
 
@@ -87,32 +87,6 @@ def _model_names(config: Config) -> Iterator[str]:
     for path, name in named:
         if name not in config.models:
             yield f"{path}: no model is called {name!r}{nearest(name, config.models)}"
-
-
-def _layouts(config: Config) -> Iterator[str]:
-    """What holds for any model; what a model's own sizes rule out is found when its config.json is read."""
-    for name, model in config.models.items():
-        where, layout = f"models.{name}", model.layout
-        if layout.sequence_parallel and layout.tp == 1:
-            yield (
-                f"{where}.layout.sequence_parallel: needs tensor parallelism; set {where}.layout.tp=2 or "
-                f"more, or {where}.layout.sequence_parallel=false"
-            )
-        if layout.vpp > 1 and layout.pp == 1:
-            yield (
-                f"{where}.layout.vpp: {layout.vpp} parts of a pipeline stage, and there is no pipeline; set "
-                f"{where}.layout.pp=2 or more, or {where}.layout.vpp=1"
-            )
-        if layout.tp * layout.cp * layout.dp % (layout.etp * layout.ep):
-            yield (
-                f"{where}.layout.ep: etp x ep = {layout.etp * layout.ep} does not divide tp x cp x dp = "
-                f"{layout.tp * layout.cp * layout.dp}, the ranks of a stage; choose a divisor, or raise "
-                f"{where}.layout.dp"
-            )
-        if model.fp8 is not None and model.dtype != "bfloat16":
-            yield f"{where}.fp8: the weights beside FP8 products are bfloat16; set {where}.dtype=bfloat16"
-        if model.fp8 is not None and model.layers == "local":
-            yield f"{where}.fp8: needs Transformer Engine's layers; set {where}.layers=te, or {where}.fp8=null"
 
 
 def _data(config: Config) -> Iterator[str]:

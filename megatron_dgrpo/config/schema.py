@@ -119,6 +119,8 @@ class Model(Frozen):
     """Other rotary embeddings than config.json names, in training, as a teacher and in engines."""
     recompute: Literal["none", "selective", "full"] = "none"
     """What backward computes again instead of keeping it: nothing, attention, or whole layers."""
+    offload_layers: NonNegativeInt = 0
+    """The first layers, but not all: their activations wait for backward in host memory (needs layers = te, pp = 1)."""
     layers: Literal["auto", "te", "local"] = "auto"
     """Transformer Engine's linear layers or Megatron-Core's own; auto: the former where they and a GPU are there."""
     fp8: Literal["tensorwise", "blockwise", "mxfp8"] | None = None
