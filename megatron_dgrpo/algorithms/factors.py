@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from megatron_dgrpo.algorithms.losses import Loss
 from megatron_dgrpo.algorithms.schedules import AdaptiveKL, Constant, Cosine, Linear, Schedule
 from megatron_dgrpo.algorithms.terms import StatisticTerm
+from megatron_dgrpo.config import coefficients
 from megatron_dgrpo.config import objective as config
 
 TEACHER = "teacher_"
@@ -18,16 +19,19 @@ TEACHER = "teacher_"
 
 
 class Factors:
-    def __init__(self, objective: config.Objective, loss: Loss) -> None:
+    def __init__(self, objective: config.AnyObjective, loss: Loss) -> None:
         self._schedules: dict[str, Schedule] = {}
         self.figure: str | None = None
         """The metric that the adaptive beta observes: what the divergence's estimator reports."""
         for term in loss.terms:
             if term.name.startswith(TEACHER):
+                assert isinstance(objective, config.Taught | config.KDObjective)
                 self._schedules[term.name] = schedule(objective.beta)
                 self.figure = f"{term.name}/{term.of if isinstance(term, StatisticTerm) else 'k1'}"
-            elif term.name == "entropy":
+            elif term.name == "entropy" and isinstance(objective, config.OnPolicyObjective):
                 self._schedules[term.name] = schedule(objective.entropy)
+            elif term.name == "nll" and isinstance(objective, config.KDObjective):
+                self._schedules[term.name] = schedule(objective.nll)
             else:
                 self._schedules[term.name] = Constant(1.0)
 
@@ -50,13 +54,13 @@ class Factors:
             of_term.load(dict(state.get(name, {})))
 
 
-def schedule(of: config.Constant | config.Linear | config.Cosine | config.Adaptive) -> Schedule:
+def schedule(of: coefficients.Constant | coefficients.Linear | coefficients.Cosine | coefficients.Adaptive) -> Schedule:
     match of:
-        case config.Constant():
+        case coefficients.Constant():
             return Constant(of.value)
-        case config.Linear():
+        case coefficients.Linear():
             return Linear(of.start, of.end, of.steps)
-        case config.Cosine():
+        case coefficients.Cosine():
             return Cosine(of.start, of.end, of.steps)
-        case config.Adaptive():
+        case coefficients.Adaptive():
             return AdaptiveKL(of.initial, of.target, of.rate, of.max_error, of.low, of.high)

@@ -14,7 +14,7 @@ Legend: _T rows of the micro-batch (or of a chunk of it).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -149,7 +149,9 @@ class _Attach(torch.autograd.Function):
         return None, *(grad * c_T for c_T in coefficients), *(None for _ in coefficients)
 
 
-def nonfinite_report(evaluation: Evaluation, statistics: Statistics, streams: Streams, limit: int = 8) -> list[str]:
+def nonfinite_report(
+    evaluation: Evaluation, statistics: Statistics, streams: Streams, names: Sequence[str] = (), limit: int = 8
+) -> list[str]:
     """Which terms, samples and positions are NaN or infinite: call it where the reduced `nonfinite_rows` is not 0.
 
     The count is a metric, so all ranks learn of it in the same reduction and stop together, before the update.
@@ -163,8 +165,10 @@ def nonfinite_report(evaluation: Evaluation, statistics: Statistics, streams: St
     parts |= {f"d loss / d {name}": c_T for name, c_T in evaluation.coefficients.items()}
     for what, values_T in parts.items():
         for row in (~torch.isfinite(values_T)).nonzero().flatten().tolist()[:limit]:
+            sample = int(streams.sample_N[row])
+            name = names[sample] if names else f"sample {sample}"
             found.append(
-                f"{what} is {float(values_T[row])} at row {row}: sample {int(streams.sample_N[row])}, position"
+                f"{what} is {float(values_T[row])} at row {row}: {name}, position"
                 f" {int(streams.position_N[row])}, token {int(streams.targets_N[row])}"
             )
     return found

@@ -18,10 +18,8 @@ from megatron_dgrpo.config.checkpoints import run_dir_problems
 from megatron_dgrpo.config.data import ROW_FILES, SAVED_DATASET, Dataset
 from megatron_dgrpo.config.data import problems as data_problems
 from megatron_dgrpo.config.explain import nearest
-from megatron_dgrpo.config.mismatch import problems as mismatch_problems
-from megatron_dgrpo.config.objective import problems as objective_problems
-from megatron_dgrpo.config.schema import SFT, Config, Engine
-from megatron_dgrpo.config.stages import dgrpo_stages, samplers
+from megatron_dgrpo.config.schema import Config, Engine, Static
+from megatron_dgrpo.config.stages import samplers
 from megatron_dgrpo.config.trackers import missing_packages
 from megatron_dgrpo.config.vocabularies import TOKENIZER_FILES, read_json, tokenizers
 from megatron_dgrpo.errors import ConfigError, listing
@@ -44,8 +42,9 @@ def check_files(config: Config, *, config_json_alone: Collection[str] = ()) -> N
 def problems(config: Config) -> list[str]:
     """What is contradictory; touches nothing outside the config."""
     rules: tuple[Callable[[Config], Iterator[str]], ...] = (
-        _numbers, _model_names, layouts.problems, _teachers, _engines, _data, _objectives, stages.rewards,
-        stages.batches, stages.schedules, stages.lengths, stages.shaping, _checkpoints,
+        _numbers, _model_names, layouts.problems, stages.teachers, _engines, _data, stages.objectives,
+        stages.optimizers, stages.rewards, stages.batches, stages.schedules, stages.lengths, stages.shaping,
+        _checkpoints,
     )  # fmt: skip
     return [problem for rule in rules for problem in rule(config)]
 
@@ -76,10 +75,6 @@ def _numbers(config: Config) -> Iterator[str]:
                 yield f"{path}: {value!r}: ~ is not expanded here; write ${{oc.env:HOME}} or the whole path"
             elif not str(value).strip():
                 yield f"{path}: empty; give a path"
-    for i, stage in enumerate(config.stages):
-        for j, beta in enumerate(stage.optimizer.betas):
-            if not 0 <= beta < 1:
-                yield f"stages.{i}.optimizer.betas.{j}: {beta} is not in [0, 1); 0.9 and 0.95 are usual"
 
 
 def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
@@ -99,52 +94,13 @@ def _model_names(config: Config) -> Iterator[str]:
             yield f"{path}: no model is called {name!r}{nearest(name, config.models)}"
 
 
-def _teachers(config: Config) -> Iterator[str]:
-    names = [teacher.model for teacher in config.teachers]
-    for name in dict.fromkeys(name for name in names if names.count(name) > 1):
-        yield f"teachers: {name!r} is listed {names.count(name)} times; list it once"
-    taught = [path for path, stage in dgrpo_stages(config) if stage.objective.uses_teacher]
-    for path in taught:
-        if not names:
-            yield (
-                f"{path}.objective.beta: the KL needs a teacher; add teachers: [{{model: NAME}}], "
-                f"or set {path}.objective.beta=0 for GRPO alone"
-            )
-    for path, stage in dgrpo_stages(config):
-        routed = [source.teacher is not None for source in stage.data.sources]
-        if path in taught and len(set(names)) > 1 and not all(routed):
-            yield (
-                f"{path}.data.teacher: {len(set(names))} teachers are listed, and nothing says which of them scores a "
-                f"row; set {path}.data.teacher to the field with the name of its teacher's model, or keep one teacher"
-            )
-        elif path not in taught and any(routed):
-            yield f"{path}.data.teacher: the stage has no teacher; remove it, or set {path}.objective.beta above 0"
-    if names and not taught:
-        why = "every dgrpo stage has objective.beta 0" if dgrpo_stages(config) else "there is no dgrpo stage"
-        yield f"teachers: listed, but no stage uses one ({why}); set teachers=[] or an objective.beta above 0"
-    for path, stage in dgrpo_stages(config):
-        if not stage.objective.uses_teacher and not any(reward.weight for reward in stage.rewards):
-            yield (
-                f"{path}: all rewards have weight 0 and objective.beta is 0, so that nothing is learnt; "
-                "give a reward a weight, or beta a value above 0"
-            )
-
-
 def _data(config: Config) -> Iterator[str]:
     for i, stage in enumerate(config.stages):
-        yield from data_problems(f"stages.{i}.data", stage.data, needs_answer=isinstance(stage, SFT))
-        if isinstance(stage, SFT) and any(source.teacher is not None for source in stage.data.sources):
-            yield f"stages.{i}.data.teacher: this stage has no teacher; remove it"
+        yield from data_problems(f"stages.{i}.data", stage.data, needs_answer=isinstance(stage, Static))
     if config.evaluation is not None:
         yield from data_problems("evaluation.data", config.evaluation.data)
         if config.evaluation.data.mixture or config.evaluation.data.streaming:
             yield "evaluation.data: takes the first rows of one source; name one, without streaming"
-
-
-def _objectives(config: Config) -> Iterator[str]:
-    for path, stage in dgrpo_stages(config):
-        yield from (f"{path}.objective.{problem}" for problem in objective_problems(stage.objective))
-        yield from (f"{path}.mismatch.{problem}" for problem in mismatch_problems(stage.mismatch))
 
 
 def _engines(config: Config) -> Iterator[str]:

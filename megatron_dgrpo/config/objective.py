@@ -1,4 +1,7 @@
-"""The objective's section of a dGRPO stage: surrogate, divergence to the teacher, entropy, their coefficients.
+"""The objectives of the stages: surrogate, divergence to the teacher, entropy, likelihood, their coefficients.
+
+Of rollouts there is one objective, dGRPO's, with two parts: `Rewarded` and `Taught`. GRPO's has the first alone, OPD's
+the second; what an algorithm lacks has no key in its section.
 
 A part that comes in kinds is written as a mapping with its `kind`, or as the kind's name alone where the kind's
 defaults will do (`estimator: exact`). A coefficient is a schedule over the stage's steps, or a number.
@@ -11,75 +14,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
+from megatron_dgrpo.config.coefficients import (
+    Adaptive,
+    AdaptiveSchedule,
+    Constant,
+    Schedule,
+    always_zero,
+)
 from megatron_dgrpo.config.divergences import never, refusal
 from megatron_dgrpo.config.frozen import Frozen
-
-# ---- coefficients: schedules over the steps of a stage ----
-
-
-class Constant(Frozen):
-    """The same number at every step; writing the number alone means this."""
-
-    kind: Literal["constant"] = "constant"
-    value: NonNegativeFloat
-
-
-class Linear(Frozen):
-    """Along a straight line, then constant."""
-
-    kind: Literal["linear"] = "linear"
-    start: NonNegativeFloat
-    """At the stage's first step."""
-    end: NonNegativeFloat
-    """After `steps` more, and from there."""
-    steps: PositiveInt
-    """Steps of the stage from start to end."""
-
-
-class Cosine(Frozen):
-    """Along half a cosine, then constant."""
-
-    kind: Literal["cosine"] = "cosine"
-    start: NonNegativeFloat
-    """At the stage's first step."""
-    end: NonNegativeFloat
-    """After `steps` more, and from there."""
-    steps: PositiveInt
-    """Steps of the stage from start to end."""
-
-
-class Adaptive(Frozen):
-    """Follows the divergence: multiplied after each step by 1 + rate x error, the error being divergence / target - 1
-    within +-max_error. Above the target it grows."""
-
-    kind: Literal["adaptive"] = "adaptive"
-    initial: PositiveFloat
-    """At the stage's first step."""
-    target: PositiveFloat
-    """The divergence to aim at: the step's mean over loss tokens of what the estimator reports."""
-    rate: PositiveFloat = 0.1
-    """How fast it follows."""
-    max_error: PositiveFloat = 0.2
-    """The relative error of one step counts no more than this."""
-    low: PositiveFloat = 1e-4
-    """It never falls below this."""
-    high: PositiveFloat = 1e2
-    """It never rises above this."""
-
-
-def _constant(value: Any) -> Any:
-    if isinstance(value, dict | Frozen):
-        return value
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
-        raise ValueError(f"{value!r} should be a number, 0 or more, or a mapping with a kind (a schedule)")
-    return {"kind": "constant", "value": value}
-
-
-Schedule = Annotated[Constant | Linear | Cosine, Field(discriminator="kind"), BeforeValidator(_constant)]
-AdaptiveSchedule = Annotated[
-    Constant | Linear | Cosine | Adaptive, Field(discriminator="kind"), BeforeValidator(_constant)
-]
-
+from megatron_dgrpo.config.overlong import Keep, Mask, MaskSurrogate, Overlong, TaughtOverlong
 
 # ---- the divergence to the teacher, and what is known of it at each token ----
 
@@ -162,6 +106,7 @@ def _estimator(value: Any) -> Any:
 
 Divergence = Annotated[ReverseKL | ForwardKL | JSD, Field(discriminator="kind"), BeforeValidator(_kind)]
 Estimator = Annotated[Exact | TopK | Sampled | K2 | K3, Field(discriminator="kind"), BeforeValidator(_estimator)]
+StaticEstimator = Annotated[Exact | TopK, Field(discriminator="kind"), BeforeValidator(_estimator)]
 
 
 # ---- corrections for the engine's arithmetic; the ratio is exp(trainer's - engine's log-prob at the same weights) ----
@@ -217,8 +162,34 @@ class Advantages(Frozen):
     """Of kind std: added to the standard deviation."""
 
 
-class Objective(Frozen):
-    """dGRPO: the clipped surrogate minus beta times the divergence to the teacher plus an entropy bonus, per token."""
+class OnPolicyObjective(Frozen):
+    """What the objectives of rollouts have in common: a sum of terms, per sampled token."""
+
+    entropy: Schedule = Constant(value=0.0)
+    """Coefficient of the policy's entropy, which a value above 0 raises."""
+    aggregation: Literal["sequence_group_prompt_mean", "sequence_mean", "token_mean"] = "sequence_group_prompt_mean"
+    """A mean over each response's tokens, then over the group, then over the prompts; over each response's tokens, then
+    over all responses; or over all tokens of the batch."""
+    log_ratio_clamp: PositiveFloat = 20.0
+    """Log-ratios are held within plus and minus this, against overflow; what it touches is counted and has no gradient
+    in the surrogate."""
+
+    @property
+    def uses_teacher(self) -> bool:
+        return False
+
+    @property
+    def masks(self) -> bool:
+        """Whether responses that were cut off are left out of a term."""
+        return isinstance(getattr(self, "overlong", None), Mask | MaskSurrogate)
+
+    @property
+    def uses_entropy(self) -> bool:
+        return not always_zero(self.entropy)
+
+
+class Rewarded(OnPolicyObjective):
+    """With the clipped surrogate of advantages, which come from rewards."""
 
     clip_low: PositiveFloat = 0.2
     """The ratio is clipped below 1 - clip_low."""
@@ -226,53 +197,105 @@ class Objective(Frozen):
     """The ratio is clipped above 1 + clip_high."""
     dual_clip: Annotated[float, Field(gt=1)] | None = None
     """A token of negative advantage A costs no more than this many |A|, however large its ratio (none: no bound)."""
-    log_ratio_clamp: PositiveFloat = 20.0
-    """Log-ratios are held within plus and minus this, against overflow; what it touches is counted and has no gradient
-    in the surrogate."""
-    beta: AdaptiveSchedule = Constant(value=0.5)
-    """Coefficient of the divergence to the teacher; 0 is GRPO and needs no teacher."""
+    advantages: Advantages = Advantages()
+    correction: Correction | None = None
+    """How the surrogate's tokens are weighed for what the trainer's log-probs differ from the engine's (none: not)."""
+    overlong: Overlong = Keep()
+    """What becomes of responses that were cut off at max_tokens: they count as others do (keep), the surrogate leaves
+    them out (mask_surrogate), every term does (mask), or long ones lose reward (penalise)."""
+
+
+class Taught(OnPolicyObjective):
+    """With a divergence to the teacher."""
+
+    beta: AdaptiveSchedule = Constant(value=1.0)
+    """Coefficient of the divergence to the teacher."""
     divergence: Divergence = ReverseKL()
     """The divergence to the teacher."""
     estimator: Estimator = Exact()
     """How the divergence is formed at each token."""
-    entropy: Schedule = Constant(value=0.0)
-    """Coefficient of the policy's entropy, which a value above 0 raises."""
-    aggregation: Literal["sequence_group_prompt_mean", "sequence_mean", "token_mean"] = "sequence_group_prompt_mean"
-    """A mean over each response's tokens, then over the group, then over the prompts; over each response's tokens, then
-    over all responses; or over all tokens of the batch."""
-    advantages: Advantages = Advantages()
-    correction: Correction | None = None
-    """How the surrogate's tokens are weighed for what the trainer's log-probs differ from the engine's (none: not)."""
 
     @property
     def uses_teacher(self) -> bool:
-        return not _always_zero(self.beta)
-
-    @property
-    def uses_entropy(self) -> bool:
-        return not _always_zero(self.entropy)
+        return not always_zero(self.beta)
 
     @property
     def estimator_name(self) -> str:
         """As `divergences` calls it."""
-        rest = f"_{self.estimator.rest}" if isinstance(self.estimator, TopK) else ""
-        return f"{self.estimator.kind}{rest}"
+        return _estimator_name(self.estimator)
 
 
-def _always_zero(schedule: Constant | Linear | Cosine | Adaptive) -> bool:
-    match schedule:
-        case Constant(value=value):
-            return value == 0
-        case Linear(start=start, end=end) | Cosine(start=start, end=end):
-            return start == end == 0
-    return False
+class Objective(Rewarded, Taught):
+    """dGRPO: the clipped surrogate minus beta times the divergence to the teacher plus an entropy bonus, per token."""
+
+    beta: AdaptiveSchedule = Constant(value=0.5)
+    """Coefficient of the divergence to the teacher; 0 is GRPO and needs no teacher."""
 
 
-def problems(objective: Objective) -> Iterator[str]:
+class GRPOObjective(Rewarded):
+    """dGRPO without a teacher."""
+
+
+class OPDObjective(Taught):
+    """dGRPO without rewards: on-policy distillation."""
+
+    overlong: TaughtOverlong = Keep()
+    """What becomes of responses that were cut off at max_tokens: they count as others do (keep), or not at all
+    (mask)."""
+
+
+class KDObjective(Frozen):
+    """Distillation on answers that the data have: beta times a divergence to the teacher plus nll times the negative
+    log-likelihood, per token of the answer."""
+
+    beta: Schedule = Constant(value=1.0)
+    """Coefficient of the divergence to the teacher."""
+    divergence: Divergence = ForwardKL()
+    """The divergence to the teacher."""
+    estimator: StaticEstimator = Exact()
+    """How the divergence is formed at each token. The tokens are not the student's samples, so that none of the sampled
+    estimators would be right."""
+    nll: Schedule = Constant(value=0.0)
+    """Coefficient of the negative log-likelihood of the answer."""
+    aggregation: Literal["token_mean", "sequence_mean"] = "token_mean"
+    """A mean over all tokens of the batch's answers, or over each answer's tokens, then over the answers."""
+
+    @property
+    def uses_teacher(self) -> bool:
+        return not always_zero(self.beta)
+
+    @property
+    def uses_nll(self) -> bool:
+        return not always_zero(self.nll)
+
+    @property
+    def estimator_name(self) -> str:
+        """As `divergences` calls it."""
+        return _estimator_name(self.estimator)
+
+
+RolloutObjective = Objective | GRPOObjective | OPDObjective
+AnyObjective = RolloutObjective | KDObjective
+
+
+def _estimator_name(estimator: Exact | TopK | Sampled | K2 | K3) -> str:
+    return f"{estimator.kind}_{estimator.rest}" if isinstance(estimator, TopK) else estimator.kind
+
+
+def problems(objective: AnyObjective) -> Iterator[str]:
     """What is contradictory; each begins with the key, relative to the objective's section."""
+    if isinstance(objective, Taught | KDObjective):
+        yield from _teaching_problems(objective, alone=not isinstance(objective, Objective))
+    if isinstance(objective, Rewarded):
+        yield from _surrogate_problems(objective)
+
+
+def _teaching_problems(objective: Taught | KDObjective, *, alone: bool) -> Iterator[str]:
     if reason := refusal(objective.divergence.kind, objective.estimator_name):
         yield f"estimator: {reason}"
     beta = objective.beta
+    if alone and not objective.uses_teacher:
+        yield "beta: 0, and this stage learns from the teacher; set it above 0"
     if isinstance(beta, Adaptive):
         if not beta.low <= beta.initial <= beta.high:
             yield f"beta.initial: {beta.initial:g} is not within low={beta.low:g} and high={beta.high:g}; widen them"
@@ -281,6 +304,9 @@ def problems(objective: Objective) -> Iterator[str]:
                 f"beta.rate: rate x max_error is {beta.rate * beta.max_error:g}, and a step below the target could "
                 "take beta to 0; keep it below 1 (0.02 by default)"
             )
+
+
+def _surrogate_problems(objective: Rewarded) -> Iterator[str]:
     advantages, default = objective.advantages, Advantages()
     if advantages.kind != "std" and (advantages.std, advantages.epsilon) != (default.std, default.epsilon):
         yield f"advantages: std and epsilon belong to kind std, not to {advantages.kind}; remove them"

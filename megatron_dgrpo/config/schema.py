@@ -5,18 +5,38 @@ What one field alone can check is checked here; what several fields must agree o
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from megatron_dgrpo.config.checkpoints import Checkpoints, Resume
 from megatron_dgrpo.config.data import Dataset
 from megatron_dgrpo.config.frozen import Frozen
-from megatron_dgrpo.config.mismatch import Mismatch
+from megatron_dgrpo.config.kinds import (
+    DGRPO,
+    GRPO,
+    KD,
+    OPD,
+    SFT,
+    AnyStage,
+    OnPolicy,
+    Periodic,
+    Stage,
+    Static,
+    Synchronous,
+)
 from megatron_dgrpo.config.objective import Objective
+from megatron_dgrpo.config.optimizer import Adam
 from megatron_dgrpo.config.rewards import Reward
-from megatron_dgrpo.config.rope import RopeScaling
+from megatron_dgrpo.config.rope import DefaultRope, Llama3Rope, RopeScaling, YarnRope
+from megatron_dgrpo.config.sampling import Sampling
 from megatron_dgrpo.config.trackers import TrackerSettings
+
+__all__ = [
+    "DGRPO", "GRPO", "KD", "OPD", "SFT", "Adam", "AnyStage", "Config", "DType", "DefaultRope", "Engine", "Evaluation",
+    "Layout", "Llama3Rope", "Model", "Objective", "OnPolicy", "Periodic", "Rollout", "RopeScaling", "Sampling", "Stage",
+    "Static", "Synchronous", "Teacher", "YarnRope",
+]  # fmt: skip
 
 DType = Literal["float32", "bfloat16", "float64"]
 
@@ -124,55 +144,6 @@ class Teacher(Frozen):
     student's tensor-parallel ranks."""
 
 
-class Adam(Frozen):
-    """Megatron's distributed AdamW; norms and biases do not decay."""
-
-    lr: NonNegativeFloat
-    """Learning rate after the warm-up; constant from there."""
-    warmup_steps: NonNegativeInt = 0
-    """Updates over which the learning rate rises linearly from 0."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: PositiveFloat = 1e-8
-    weight_decay: NonNegativeFloat = 0.01
-    clip_grad: PositiveFloat = 1.0
-    """Largest norm of the whole gradient."""
-
-
-class Sampling(Frozen):
-    """How responses are drawn. The same temperature divides the student's and the teacher's logits in training."""
-
-    max_tokens: PositiveInt
-    """Longest response, the end-of-sequence token included."""
-    temperature: Annotated[float, Field(ge=0.01, le=2.0)] = 1.0
-    """0.01 to 2, which is vLLM's range."""
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Draw from the likeliest tokens that together have this probability."""
-    top_k: NonNegativeInt = 0
-    """Draw from so many of the likeliest tokens (0: all)."""
-    min_p: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Draw from tokens at least this fraction as likely as the likeliest."""
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
-    """Subtracted from the logits of tokens that the response has."""
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
-    """Subtracted from the logits of tokens once for each time that the response has them."""
-    repetition_penalty: PositiveFloat = 1.0
-    """Divides positive logits, and multiplies negative ones, of tokens that the prompt or the response has."""
-
-    @property
-    def shaping(self) -> dict[str, float]:
-        """All that changes the distribution beside the temperature."""
-        return self.model_dump(exclude={"max_tokens", "temperature"})
-
-    @property
-    def shapes(self) -> list[str]:
-        """The settings among them that are not at their defaults, and so change something."""
-        return [
-            f"{name}={value:g}"
-            for name, value in self.shaping.items()
-            if value != type(self).model_fields[name].default
-        ]
-
-
 class Evaluation(Frozen):
     """Mean reward on held-out prompts, one response each."""
 
@@ -184,76 +155,6 @@ class Evaluation(Frozen):
     rewards: Annotated[tuple[Reward, ...], Field(min_length=1)]
     every: NonNegativeInt = 0
     """Evaluate every so many steps, and always before the first and after the last step of a stage (0: only then)."""
-
-
-class Stage(Frozen):
-    data: Dataset
-    steps: NonNegativeInt
-    """Batches to train on."""
-    optimizer: Adam
-    micro_batch_tokens: PositiveInt = 8192
-    """Sequences are packed into micro-batches of at most so many tokens (on all context-parallel ranks together). A
-    prompt counts once for all of its responses; a group that is larger is cut into several, each with the prompt."""
-    on_overlong: Literal["error", "drop"] = "error"
-    """A sequence that is longer than a micro-batch or the model's context ends the run, or is dropped and counted."""
-
-
-class SFT(Stage):
-    """Supervised fine-tuning: negative log-likelihood of the answers, a mean over the batch's answer tokens."""
-
-    kind: Literal["sft"]
-    batch_size: PositiveInt
-    """Examples a step."""
-
-
-class Synchronous(Frozen):
-    """Generate the whole batch, then train on it: the engine waits for the trainer, and the trainer for the engine."""
-
-    kind: Literal["synchronous"] = "synchronous"
-
-
-class Periodic(Frozen):
-    """Train on groups that have ended while others still generate, and update once all have: the gradient is the
-    synchronous schedule's, and every sample is from the weights that it changes."""
-
-    kind: Literal["periodic"] = "periodic"
-    chunk_groups: PositiveInt = 4
-    """Train when so many groups have ended, or all. A group is a prompt's responses; each data-parallel rank should
-    get some."""
-    groups_in_memory: PositiveInt = 64
-    """Groups that have ended and wait for the trainer; more wait on the disk, in the journal. No chunk is larger."""
-
-
-def _schedule(value: Any) -> Any:
-    return {"kind": value} if isinstance(value, str) else value
-
-
-Schedule = Annotated[Synchronous | Periodic, Field(discriminator="kind"), BeforeValidator(_schedule)]
-
-
-class DGRPO(Stage):
-    """Rollouts, rewards, teacher, update, weight transfer."""
-
-    kind: Literal["dgrpo"]
-    engine: str
-    prompts_per_step: PositiveInt
-    """Prompts of a batch, each with `group_size` responses."""
-    group_size: Annotated[int, Field(ge=2)]
-    """Responses per prompt (G)."""
-    schedule: Schedule = Synchronous()
-    """How generating and training follow each other; a kind's name alone, or a mapping with its settings."""
-    updates_per_batch: PositiveInt = 1
-    """Optimizer updates per batch of rollouts; each takes an equal share of the prompts."""
-    sampling: Sampling
-    rewards: Annotated[tuple[Reward, ...], Field(min_length=1)]
-    objective: Objective = Objective()
-    mismatch: Mismatch = Mismatch()
-    """What is done where the trainer's log-probs of the sampled tokens differ from the engine's."""
-    preflight: bool = True
-    """Before the first update, check on its batch that the teacher's signal arrives and is the right one; the cost is
-    about a forward of the teacher. A failed check ends the run."""
-    diagnostics_every: NonNegativeInt = 50
-    """Compare the norms and directions of the terms' gradients at the first step and every so many (0: never)."""
 
 
 class Rollout(Frozen):
@@ -290,7 +191,7 @@ class Config(Frozen):
     evaluation: Evaluation | None = None
     trackers: tuple[TrackerSettings, ...] = ()
     """Where figures go beside metrics.jsonl: tensorboard, wandb, mlflow."""
-    stages: Annotated[tuple[Annotated[SFT | DGRPO, Field(discriminator="kind")], ...], Field(min_length=1)]
+    stages: Annotated[tuple[Annotated[AnyStage, Field(discriminator="kind")], ...], Field(min_length=1)]
     """Run in order, each from the previous one's weights."""
 
     @property

@@ -16,12 +16,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_dgrpo.config.schema import DGRPO, SFT, Engine, Layout, Model, Teacher
+from megatron_dgrpo.config.schema import AnyStage, Engine, Layout, Model, OnPolicy, Teacher
 from megatron_dgrpo.launch.preflight import BYTES
 from megatron_dgrpo.model.layouts import padding_unit
 from megatron_dgrpo.model.spec import ModelSpec
-
-AnyStage = SFT | DGRPO
 
 
 @dataclass(frozen=True)
@@ -150,7 +148,9 @@ def head_buffers(student: Sized, micro_batch_tokens: int, *, teachers: int, gpu:
 # ---- The teacher -----------------------------------------------------------------------------------------------------
 
 
-def teacher_parts(teacher: Sized, settings: Teacher, rank: int, stage: DGRPO) -> tuple[dict[str, int], dict[str, int]]:
+def teacher_parts(
+    teacher: Sized, settings: Teacher, rank: int, stage: AnyStage
+) -> tuple[dict[str, int], dict[str, int]]:
     """Bytes on one of the teacher's own places: on the device, and in host memory. Its head is elsewhere."""
     number = teacher.stage_of(rank)
     held, w = teacher.held[number], teacher.bytes_per_number
@@ -161,7 +161,7 @@ def teacher_parts(teacher: Sized, settings: Teacher, rank: int, stage: DGRPO) ->
 
 
 def teacher_on_student(
-    teacher: Sized, settings: Teacher, student: Sized, stage: DGRPO
+    teacher: Sized, settings: Teacher, student: Sized, stage: AnyStage
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Bytes on each rank of the student's last stage: the teacher's part of the vocabulary, and its rows."""
     layout, w = student.model.layout, teacher.bytes_per_number
@@ -172,10 +172,14 @@ def teacher_on_student(
     return {"teacher": head, "rows": rows}, {}
 
 
-def most_loss_rows(stage: DGRPO, layout: Layout) -> int:
+def most_loss_rows(stage: AnyStage, layout: Layout) -> int:
     """Of one update on one data- and context-parallel rank, when no response ends before its limit."""
-    samples = stage.prompts_per_step * stage.group_size // stage.updates_per_batch
-    return -(-samples * stage.sampling.max_tokens // (layout.dp * layout.cp))
+    if isinstance(stage, OnPolicy):
+        samples = stage.prompts_per_step * stage.group_size // stage.updates_per_batch
+        tokens = samples * stage.sampling.max_tokens
+    else:  # were all of them the answers'
+        tokens = stage.batch_tokens or (stage.batch_size or 0) * stage.micro_batch_tokens
+    return -(-tokens // (layout.dp * layout.cp))
 
 
 # ---- Engines and files -----------------------------------------------------------------------------------------------

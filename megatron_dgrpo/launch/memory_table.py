@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from megatron_dgrpo.config.schema import DGRPO, Config
+from megatron_dgrpo.config.schema import AnyStage, Config
 from megatron_dgrpo.launch.memory import (
-    AnyStage,
     Sized,
     rank_tokens,
     student_parts,
@@ -25,13 +24,11 @@ def rank_memory(config: Config, number: int, sized: Mapping[str, Sized], *, gpu:
     """For each rank of the run: bytes on its device, and in host memory."""
     stage, student = config.stages[number], sized[config.student]
     layout = student.model.layout
-    taught = isinstance(stage, DGRPO) and stage.objective.uses_teacher
-    teachers = config.teachers if taught else ()
+    teachers = config.teachers if stage.uses_teacher else ()
     found: list[tuple[Parts, Parts]] = [(Counter(), Counter()) for _ in range(config.num_ranks)]
     for rank in range(layout.world_size):
         found[rank][0].update(student_parts(student, rank, stage, teachers=len(teachers), gpu=gpu))
     for settings, first in zip(teachers, config.first_ranks[:-1] if teachers else (), strict=True):
-        assert isinstance(stage, DGRPO)
         teacher = sized[settings.model]
         for rank in range(teacher.model.layout.world_size):
             _add(found[first + rank], teacher_parts(teacher, settings, rank, stage))
@@ -95,7 +92,7 @@ def _costs(config: Config, stage: AnyStage, sized: Mapping[str, Sized]) -> list[
     here = rank_tokens(student.model, tokens)
     words = f"  a micro-batch of {tokens} tokens ({here} on a rank): forward and backward "
     words += flops(training_cost(student.spec))
-    if isinstance(stage, DGRPO) and stage.objective.uses_teacher:
+    if stage.uses_teacher:
         for teacher in config.teachers:
             words += f", {teacher.model}'s forward {flops(forward_cost(sized[teacher.model].spec))}"
     return [words]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_dgrpo.config.checks import check_files
 from megatron_dgrpo.config.loader import dump
-from megatron_dgrpo.config.schema import Config
+from megatron_dgrpo.config.schema import Config, OnPolicy
 from megatron_dgrpo.errors import ConfigError
 from megatron_dgrpo.launch.engines import check_engines, engine_args, host_names
 from megatron_dgrpo.launch.preflight import check_models
@@ -101,7 +101,7 @@ def _check_data(supervisor: Supervisor, resolved: Path) -> None:
 
 def used_engines(config: Config) -> list[str]:
     """The engines that a stage or the evaluation asks for, in the config's order."""
-    wanted = {stage.engine for stage in config.stages if stage.kind == "dgrpo"}
+    wanted = {stage.engine for stage in config.stages if isinstance(stage, OnPolicy)}
     if config.evaluation is not None:
         wanted.add(config.evaluation.engine)
     return [name for name in config.engines if name in wanted]

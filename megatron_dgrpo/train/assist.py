@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
-from megatron_dgrpo.config.schema import DGRPO, SFT
+from collections.abc import Iterator, Sequence
+
+from megatron_dgrpo.config.schema import KD, OnPolicy, Stage, Static
+from megatron_dgrpo.data.dataset import PromptSource
 from megatron_dgrpo.observe.timers import Phases
+from megatron_dgrpo.packing.trajectory import Trajectory
 from megatron_dgrpo.train.chunks import chunks
 from megatron_dgrpo.train.run import Run
 from megatron_dgrpo.train.saving import Progress
+from megatron_dgrpo.train.static import next_examples
 from megatron_dgrpo.train.tally import shares
 
 
-def assist(run: Run, stage: SFT | DGRPO, number: int, progress: Progress) -> None:
-    """It takes what rank 0 publishes, in the same order as all, and lets the teachers score it."""
-    for step in progress.steps(number):
-        if isinstance(stage, DGRPO):
-            preflight = step == 1 and stage.preflight
-            for chunk in chunks(run, stage, number, step, (), Phases()):
-                parts = shares(run, stage, chunk, {}) if stage.objective.uses_teacher else []
-                if preflight and parts:  # which has the first share scored again
-                    parts, preflight = [*parts, parts[0]], False
-                for members in parts:
-                    run.load_teachers().teach(members, run.packing(stage.micro_batch_tokens))
+def assist(run: Run, stage: Stage, number: int, progress: Progress) -> None:
+    """It goes through the same steps as all, and lets the teachers score what each trains on."""
+    rows = run.prompts(stage, number) if isinstance(stage, Static) and stage.uses_teacher else None
+    for step in progress.steps(number, {"data": rows} if rows is not None else {}):
+        preflight = step == 1 and _preflights(stage)
+        for members in _shares(run, stage, number, step, rows):
+            for _ in range(2 if preflight else 1):  # the first share is scored twice then
+                run.load_teachers().teach(members, run.packing(stage.micro_batch_tokens))
+            preflight = False
+
+
+def _preflights(stage: Stage) -> bool:
+    return stage.preflights if isinstance(stage, OnPolicy | KD) else False
+
+
+def _shares(
+    run: Run, stage: Stage, number: int, step: int, rows: PromptSource | None
+) -> Iterator[Sequence[Trajectory]]:
+    """What a step trains on: of rollouts what rank 0 publishes, of static data what every rank reads by itself."""
+    if isinstance(stage, OnPolicy):
+        for chunk in chunks(run, stage, number, step, (), Phases()):
+            yield from shares(run, stage, chunk, {}) if stage.uses_teacher else []
+    elif isinstance(stage, Static) and rows is not None:
+        yield next_examples(run, stage, rows)[0]

@@ -10,8 +10,8 @@ from typing import Any
 from megatron_dgrpo.checkpoint.hf.families import read_spec
 from megatron_dgrpo.config.loader import load
 from megatron_dgrpo.config.rewards import Judge
-from megatron_dgrpo.config.schema import DGRPO, SFT, Config, Evaluation
-from megatron_dgrpo.config.stages import dgrpo_stages, micro_batch_room, samplers
+from megatron_dgrpo.config.schema import Config, Evaluation, OnPolicy, Static
+from megatron_dgrpo.config.stages import micro_batch_room, samplers, taught_stages
 from megatron_dgrpo.data.compatibility import check_fits, check_same
 from megatron_dgrpo.data.dataset import Rows
 from megatron_dgrpo.data.lengths import check_lengths
@@ -20,6 +20,7 @@ from megatron_dgrpo.data.tokenizer import Tokenizer
 from megatron_dgrpo.errors import ConfigError, DataError, DGRPOError, UnreachableError, listing
 from megatron_dgrpo.observe.progress import Board
 from megatron_dgrpo.rewards.checks import reward_problems
+from megatron_dgrpo.train.optimizer_memory import memory_problems
 
 
 def main(*, config_path: str, answer_path: str) -> None:
@@ -66,6 +67,10 @@ def check_data(config: Config, *, without_tokenizer: Collection[str] = (), dry: 
             attempt(lambda i=number: _check_stage(config, i, tokenizers.get(config.student), notes), where)  # type: ignore[misc]
         attempt(lambda: _check_teachers(config), "teachers: ")
         attempt(lambda: _check_evaluation(config, tokenizers.get(config.student), notes), "evaluation.data: ")
+    if dry:
+        notes += [f"not checked: {problem}" for problem in memory_problems(config)]
+    else:
+        problems += memory_problems(config)
     unreached = notes if dry else None
     for where, section in samplers(config):
         attempt(lambda w=where, s=section: problems.extend(_rewards(w, s, unreached)), f"{where}.rewards: ")  # type: ignore[misc]
@@ -77,9 +82,9 @@ def check_data(config: Config, *, without_tokenizer: Collection[str] = (), dry: 
 def _check_stage(config: Config, number: int, tokenizer: Tokenizer | None, notes: list[str]) -> None:
     stage = config.stages[number]
     match stage:
-        case SFT():
+        case Static():
             limit, setting, response = micro_batch_room(config, number), f"stages.{number}.micro_batch_tokens", None
-        case DGRPO():
+        case OnPolicy():
             limit, setting = config.engines[stage.engine].max_model_len, f"engines.{stage.engine}.max_model_len"
             response = stage.sampling.max_tokens
     for source in stage.data.sources:
@@ -89,7 +94,7 @@ def _check_stage(config: Config, number: int, tokenizer: Tokenizer | None, notes
             )
             continue
         with Board().task(f"read {source.where}"):
-            rows = Rows(source, needs_answer=isinstance(stage, SFT))
+            rows = Rows(source, needs_answer=isinstance(stage, Static))
         if rows.bad.count:
             notes.append(f"stages.{number}.data: {rows.bad.summary()}")
         if tokenizer is None:
@@ -108,7 +113,7 @@ def _check_teachers(config: Config) -> None:
     problems, named = [], set()
     routed = [
         (path, source)
-        for path, stage in dgrpo_stages(config)
+        for path, stage in taught_stages(config)
         for source in stage.data.sources
         if source.teacher is not None
     ]
@@ -124,7 +129,7 @@ def _check_teachers(config: Config) -> None:
             problems.append(str(error))
     if routed and not problems and (idle := [name for name in names if name not in named]):
         problems.append(
-            f"teachers: no row of a dgrpo stage names {', '.join(map(repr, idle))}; take them out of the list"
+            f"teachers: no row of a stage with teachers names {', '.join(map(repr, idle))}; take them out of the list"
         )
     if problems:
         raise ConfigError("\n".join(problems))
@@ -154,7 +159,7 @@ def _check_evaluation(config: Config, tokenizer: Tokenizer | None, notes: list[s
     )
 
 
-def _rewards(where: str, section: DGRPO | Evaluation, unreached: list[str] | None) -> list[str]:
+def _rewards(where: str, section: OnPolicy | Evaluation, unreached: list[str] | None) -> list[str]:
     """Problems; with `unreached` a judge that does not answer is none, and goes there."""
 
     def rows() -> Iterator[tuple[str, Mapping[str, Any]]]:  # read only where a reward reads more than the answer

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from megatron_dgrpo.config.schema import DGRPO, Periodic
+from megatron_dgrpo.config.schema import OnPolicy, Periodic
 from megatron_dgrpo.data.dataset import PromptRow
 from megatron_dgrpo.observe.timers import Phases
 from megatron_dgrpo.packing.trajectory import Trajectory
@@ -25,7 +25,7 @@ from megatron_dgrpo.train.run import Run
 
 
 def chunks(
-    run: Run, stage: DGRPO, number: int, step: int, rows: Sequence[PromptRow], phases: Phases
+    run: Run, stage: OnPolicy, number: int, step: int, rows: Sequence[PromptRow], phases: Phases
 ) -> Iterator[list[Trajectory]]:
     """The step's trajectories, whole groups at a time; `rows` are asked for by rank 0 and need be there alone."""
     asked = Asked(
@@ -40,7 +40,7 @@ def chunks(
     source = None
     if run.journal is not None:
         prompt_ids = tuple(row.name for row in rows)
-        began = Began(number, step, run.version, prompt_ids, asked.num_samples, stage.updates_per_batch)
+        began = Began(number, step, run.version, prompt_ids, asked.num_samples, stage.updates_per_step)
         run.journal.begin(began)
         source = _source(run, stage, asked, phases)
     last = False
@@ -55,7 +55,7 @@ def chunks(
         yield [trajectory for group in chunk.groups for trajectory in group.trajectories]
 
 
-def _source(run: Run, stage: DGRPO, asked: Asked, phases: Phases) -> Iterator[Chunk]:
+def _source(run: Run, stage: OnPolicy, asked: Asked, phases: Phases) -> Iterator[Chunk]:
     """Rank 0's chunks, each of them safe in the journal."""
     journal, schedule = run.journal, stage.schedule
     assert journal is not None

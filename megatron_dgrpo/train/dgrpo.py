@@ -1,47 +1,53 @@
-"""The dGRPO stage: generate, score, pack, teach, train, sync."""
+"""The stages of rollouts, dGRPO and its parts GRPO and OPD: generate, score, pack, teach, train, sync."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 
 from megatron_dgrpo.algorithms.build import dgrpo_loss, head_options
 from megatron_dgrpo.algorithms.factors import Factors
 from megatron_dgrpo.algorithms.mismatch import check_mismatch
-from megatron_dgrpo.config.schema import DGRPO, Periodic
+from megatron_dgrpo.config.objective import Rewarded
+from megatron_dgrpo.config.schema import OnPolicy, Periodic
 from megatron_dgrpo.config.stages import shaping_note
 from megatron_dgrpo.observe.silence import SilentSteps
 from megatron_dgrpo.observe.timers import Phases
 from megatron_dgrpo.packing.trajectory import Trajectory
-from megatron_dgrpo.packing.trees import trees
+from megatron_dgrpo.packing.trees import name_of, trees
 from megatron_dgrpo.rollout.journal import Trained
 from megatron_dgrpo.train.chunks import chunks
-from megatron_dgrpo.train.preflight import check_update
+from megatron_dgrpo.train.finite import finite
 from megatron_dgrpo.train.run import Run
-from megatron_dgrpo.train.saving import Progress
+from megatron_dgrpo.train.saving import Kept, Progress
 from megatron_dgrpo.train.tally import Tally, check_schedule
+from megatron_dgrpo.train.teaching import preflight, teach
 from megatron_dgrpo.train.update import Gradients, Work, old_logprobs
 
 
-def run_dgrpo(run: Run, stage: DGRPO, number: int, progress: Progress) -> None:
+def run_dgrpo(run: Run, stage: OnPolicy, number: int, progress: Progress) -> None:
     student = run.trained
     check_schedule(stage)
     prompts = run.prompts(stage, number)
     factors = Factors(stage.objective, dgrpo_loss(stage.objective)[0])
-    silent = SilentSteps(rewarded=any(reward.weight for reward in stage.rewards))
-    student.start_optimizer(stage.optimizer)
+    rewarded = isinstance(stage.objective, Rewarded)
+    kind = run.config.stages[number].kind
+    silent = SilentSteps(rewarded=any(reward.weight for reward in stage.rewards)) if rewarded else None
+    student.start_optimizer(stage.optimizer, stage.num_updates)
     if note := shaping_note(stage):
         run.note(note)
-    for step in progress.steps(number, {"data": prompts, "factors": factors, "silent": silent}):
+    kept: dict[str, Kept] = {"data": prompts, "factors": factors}
+    if silent:
+        kept["silent"] = silent
+    for step in progress.steps(number, kept):
         run.begin(number, step)
         phases = Phases()
         with phases("sync"):
             run.sync(stage.engine)
         rows = prompts.take(stage.prompts_per_step)
-        tally = Tally(stage, prompts.facts(), run.teacher_names if stage.objective.uses_teacher else ())
+        tally = Tally(stage, prompts.facts(), run.teacher_names if stage.uses_teacher else ())
         updates = _updates(run, stage, chunks(run, stage, number, step, rows, phases), tally, factors, step, phases)
         seen: list[dict[str, float]] = []
         for update, parts in enumerate(updates, 1):
@@ -49,7 +55,7 @@ def run_dgrpo(run: Run, stage: DGRPO, number: int, progress: Progress) -> None:
             for work in parts:
                 with phases("train"):
                     gradients.add(work)
-            with phases("train"):
+            with phases("train"), finite(kind, number, step, update):
                 metrics = gradients.finish(tally.scale)
                 if warning := check_mismatch(stage.mismatch, metrics, f"stages.{number}"):
                     run.note(f"step {step}, update {update}: {warning}", kind="mismatch", level="warning")
@@ -57,18 +63,18 @@ def run_dgrpo(run: Run, stage: DGRPO, number: int, progress: Progress) -> None:
             seen.append(metrics)
             run.version += 1
             if run.journal is not None:
-                run.journal.trained(Trained(update, run.version, tally.samples[update - 1]))
+                run.journal.trained(Trained(update, run.version, tally.samples_of(update)))
             tally.facts |= {f"reward/{name}": count for name, count in run.reward_failures().items()}
             last = update == len(updates)
             run.report(number, step, tally.facts | metrics, update=update, phases=phases if last else None)
-        if words := silent.observe(tally.facts, factors.at(step - 1)):
+        if silent and (words := silent.observe(tally.facts, factors.at(step - 1))):
             run.note(words, kind="silence", level="warning")
         factors.observe({name: float(np.mean([m[name] for m in seen if name in m])) for name in seen[-1]})
 
 
 def _updates(
     run: Run,
-    stage: DGRPO,
+    stage: OnPolicy,
     generated: Iterator[list[Trajectory]],
     tally: Tally,
     factors: Factors,
@@ -83,15 +89,15 @@ def _updates(
     if isinstance(stage.schedule, Periodic):
         return [parts]
     works = list(parts)
-    if len(works) > 1:  # the later updates need the log-probs that the batch began with
+    if len(works) * stage.epochs_per_batch > 1:  # the later updates need the log-probs that the batch began with
         with phases("train"):
             works = [replace(work, streams=old_logprobs(run.trained, work)) for work in works]
-    return [[work] for work in works]
+    return [[work] for _ in range(stage.epochs_per_batch) for work in works]
 
 
 def _prepared(
     run: Run,
-    stage: DGRPO,
+    stage: OnPolicy,
     chunk: Sequence[Trajectory],
     tally: Tally,
     factors: dict[str, float],
@@ -104,15 +110,15 @@ def _prepared(
         shares = tally.shares(run, chunk)
         work = [_work(run, stage, tally, members, factors, step) for members in shares]
     with phases("teach"):
-        work = [_teach(run, stage, item, members) for item, members in zip(work, shares, strict=True)]
-    if first and work and step == 1 and stage.preflight and stage.objective.uses_teacher:
+        work = [teach(run, stage, item, members) for item, members in zip(work, shares, strict=True)]
+    if first and work and step == 1 and stage.preflights:
         with phases("preflight"):
-            tally.facts |= _preflight(run, stage, work[0], factors, shares[0])
+            tally.facts |= preflight(run, stage, work[0], factors, shares[0])
     return work
 
 
 def _work(
-    run: Run, stage: DGRPO, tally: Tally, trajectories: Sequence[Trajectory], factors: dict[str, float], step: int
+    run: Run, stage: OnPolicy, tally: Tally, trajectories: Sequence[Trajectory], factors: dict[str, float], step: int
 ) -> Work:
     """This rank's micro-batches of one part of the batch, and the streams of all of it."""
     layouts = run.micro_batches(trees(trajectories), stage.micro_batch_tokens)
@@ -124,22 +130,6 @@ def _work(
         factors,
         stage.sampling.temperature,
         head_options=head_options(stage.objective),
+        names=[name_of(trajectory) for trajectory in trajectories],
         balance=stage.diagnostics_every > 0 and (step - 1) % stage.diagnostics_every == 0,
     )
-
-
-def _teach(run: Run, stage: DGRPO, work: Work, trajectories: Sequence[Trajectory]) -> Work:
-    """With what the teachers say, where the objective has teachers."""
-    if not stage.objective.uses_teacher:
-        return work
-    return replace(work, lessons=run.load_teachers().teach(trajectories, run.packing(stage.micro_batch_tokens)))
-
-
-def _preflight(
-    run: Run, stage: DGRPO, work: Work, factors: dict[str, float], trajectories: Sequence[Trajectory]
-) -> dict[str, float]:
-    """A teacher has the student's weights where both come from one folder and nothing was trained yet."""
-    again = run.load_teachers().teach(trajectories, run.packing(stage.micro_batch_tokens))
-    paths = {name: Path(run.config.models[name].path).resolve() for name in run.teacher_names}
-    same = {name for name, path in paths.items() if run.version == 0 and path == Path(run.model.path).resolve()}
-    return check_update(run.trained, work, again, factors, same_weights=same)

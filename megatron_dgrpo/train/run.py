@@ -18,8 +18,7 @@ from megatron_dgrpo.checkpoint.hf.exporter import export_folder, export_shards, 
 from megatron_dgrpo.checkpoint.hf.families import read_spec
 from megatron_dgrpo.checkpoint.hf.output_files import nbytes
 from megatron_dgrpo.config.rewards import AnyReward
-from megatron_dgrpo.config.schema import SFT, Config, Model, Stage, Teacher
-from megatron_dgrpo.data.chat import prompt_ids
+from megatron_dgrpo.config.schema import Config, Model, Stage, Teacher
 from megatron_dgrpo.data.dataset import PromptSource, Rows
 from megatron_dgrpo.data.rows import PromptRow
 from megatron_dgrpo.data.tokenizer import Tokenizer
@@ -49,6 +48,7 @@ from megatron_dgrpo.rollout.transfer import push_weights
 from megatron_dgrpo.teacher.frozen import FrozenTeacher, load_teacher
 from megatron_dgrpo.train.announcements import Announcements
 from megatron_dgrpo.train.engines import Engines
+from megatron_dgrpo.train.epochs import prompt_source
 from megatron_dgrpo.train.orders import Ended, Order, Waiting
 from megatron_dgrpo.train.student import Student, load_student
 from megatron_dgrpo.train.teachers import Teachers
@@ -97,15 +97,8 @@ class Run:
         return Rows(settings.data)[: settings.num_prompts] if settings else []
 
     def prompts(self, stage: Stage, number: int) -> PromptSource:
-        """A stage's rows, in the order in which it takes them. Of a mixture, a row counts with the tokens of its prompt
-        and of the answer that is learnt."""
-        learns = isinstance(stage, SFT)
-
-        def num_tokens(row: PromptRow) -> int:
-            return len(prompt_ids(self.tokenizer, row)) + (len(self.tokenizer.encode(row.answer)) + 1 if learns else 0)
-
-        count = num_tokens if stage.data.mixture else lambda row: 1
-        return PromptSource(stage.data, seed=self.config.seed + number, num_tokens=count, needs_answer=learns)
+        """A stage's rows, in the order in which it takes them."""
+        return prompt_source(stage, self.tokenizer, seed=self.config.seed + number)
 
     @property
     def trained(self) -> Student:

@@ -6,18 +6,21 @@ import math
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 
 from megatron_dgrpo.checkpoint.hf.families import read_spec
 from megatron_dgrpo.checkpoint.hf.importer import import_weights
-from megatron_dgrpo.config.schema import Adam, RopeScaling
+from megatron_dgrpo.config.optimizer import Adam, rate
+from megatron_dgrpo.config.schema import RopeScaling
 from megatron_dgrpo.errors import NonFiniteError
 from megatron_dgrpo.model.decoder import Decoder, build_decoder
 from megatron_dgrpo.model.megatron_config import BuildOptions
 from megatron_dgrpo.observe.progress import Board
 from megatron_dgrpo.parallel.groups import Groups
 from megatron_dgrpo.train import adam
+from megatron_dgrpo.train.optimizer_memory import memory_options
 
 adam.install()
 
@@ -39,9 +42,10 @@ class Student:
         ]
         self._settings: Adam | None = None
         self._optimizer: MegatronOptimizer | None = None
-        self._updates = 0
+        self._updates = self._num_updates = 0
 
-    def start_optimizer(self, settings: Adam) -> None:
+    def start_optimizer(self, settings: Adam, num_updates: int = 0) -> None:
+        """For so many updates, over which the learning rate follows its schedule."""
         dtype = self.decoder.config.params_dtype
         config = OptimizerConfig(
             optimizer="adam",
@@ -54,13 +58,14 @@ class Student:
             bf16=dtype == torch.bfloat16,
             params_dtype=dtype,
             use_distributed_optimizer=True,
+            **memory_options(settings),
         )
         groups = self.decoder.groups
         with groups.as_default():  # it gathers the names of parameter groups
             self._optimizer = get_megatron_optimizer(
                 config, self.wrapped, use_gloo_process_groups=False, pg_collection=groups.collection
             )
-        self._settings, self._updates = settings, 0
+        self._settings, self._updates, self._num_updates = settings, 0, num_updates
 
     @property
     def optimizer(self) -> MegatronOptimizer:
@@ -94,21 +99,29 @@ class Student:
     def update(self) -> dict[str, float]:
         """One optimizer update from the gradients in the buffers. Nothing is changed when they are not finite."""
         assert self._settings is not None
-        warm = min(1.0, (self._updates + 1) / self._settings.warmup_steps) if self._settings.warmup_steps else 1.0
+        lr = rate(self._settings, self._updates + 1, self._num_updates)
         for group in self.optimizer.param_groups:
-            group["lr"] = self._settings.lr * warm
+            group["lr"] = lr
             group["weight_decay"] = self._settings.weight_decay * group["wd_mult"]  # 0 for norms and biases
         self.optimizer.prepare_grads()
         norm = float(self.optimizer.get_grad_norm())
         if not math.isfinite(norm):
             raise NonFiniteError(
                 f"the gradient's norm is {norm} at update {self._updates + 1} of this stage (learning rate "
-                f"{self._settings.lr * warm:g}); no weight was changed. "
+                f"{lr:g}); no weight was changed. On rank {dist.get_rank()} it comes from "
+                f"{', '.join(self._bad_gradients()) or 'nothing'}. "
                 "Lower the learning rate, or look for the sample in the rollouts of this step"
             )
         self.optimizer.step()
         self._updates += 1
-        return {"grad_norm": norm, "lr": self._settings.lr * warm}
+        return {"grad_norm": norm, "lr": lr}
+
+    def _bad_gradients(self, limit: int = 4) -> list[str]:
+        """Parameters whose gradient is not finite in this rank's buffers: its own part of the sum, and what it alone
+        contributed elsewhere."""
+        named = (item for part in self.wrapped for item in part.named_parameters())
+        bad = [name for name, p in named if hasattr(p, "main_grad") and not bool(torch.isfinite(p.main_grad).all())]
+        return bad[:limit] + ([f"and {len(bad) - limit} more"] if len(bad) > limit else [])
 
 
 def load_student(

@@ -57,6 +57,7 @@ class Work:
     temperature: float
     lessons: Sequence[Lesson] = ()  # what each teacher says of the batch
     head_options: Mapping[str, Any] = field(default_factory=dict)  # the JSD's alpha, the number of likeliest ids
+    names: Sequence[str] = ()  # of the batch's samples, for errors
     balance: bool = False  # compare the gradients of the terms by the hidden states
 
 
@@ -80,7 +81,7 @@ class Gradients:
         def loss_of(hidden: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, dict[str, Metric]]:
             rows = loss_rows(student, hidden, layout, work)
             scalar, evaluation, statistics = _evaluate(rows, work, summary)
-            self._reports.extend(nonfinite_report(evaluation, statistics, rows.streams))
+            self._reports.extend(nonfinite_report(evaluation, statistics, rows.streams, work.names))
             return scalar, _metrics(rows, work, evaluation, statistics)
 
         parts = run_schedule(student.decoder, student.wrapped, work.layouts, loss_of, forward_only=False)
@@ -94,7 +95,8 @@ class Gradients:
         if metrics.get("nonfinite_rows"):
             raise NonFiniteError(
                 listing(
-                    f"{int(metrics['nonfinite_rows'])} loss rows are not finite; no weight was changed. On this rank:",
+                    f"{int(metrics['nonfinite_rows'])} loss rows are not finite; no weight was changed. On rank "
+                    f"{dist.get_rank()}:",
                     self._reports or ["none: see the other ranks' logs"],
                 )
             )

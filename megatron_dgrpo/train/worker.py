@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_dgrpo.config.loader import load
-from megatron_dgrpo.config.schema import DGRPO, SFT, Config, Layout
+from megatron_dgrpo.config.schema import Config, Layout, OnPolicy, Static
 from megatron_dgrpo.data.tokenizer import Tokenizer
 from megatron_dgrpo.launch.rendezvous import join_world
 from megatron_dgrpo.launch.requests import Requests
@@ -23,11 +23,12 @@ from megatron_dgrpo.rollout.journal import Journal
 from megatron_dgrpo.train.assist import assist
 from megatron_dgrpo.train.dgrpo import run_dgrpo
 from megatron_dgrpo.train.engines import Engines
+from megatron_dgrpo.train.epochs import with_steps
 from megatron_dgrpo.train.orders import Ended, Waiting
 from megatron_dgrpo.train.resuming import cut_records, find
 from megatron_dgrpo.train.run import Run, load_run_student
 from megatron_dgrpo.train.saving import Progress
-from megatron_dgrpo.train.sft import run_sft
+from megatron_dgrpo.train.static import run_static
 
 
 def main(
@@ -47,6 +48,7 @@ def main(
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     store = join_world(backend=platform.backend(), timeout_s=config.collective_timeout_s)
+    config = with_steps(config, store)
     resumed = find(config.run_dir)
     said = cut_records(config.run_dir, resumed) if dist.get_rank() == 0 else []
     run = _build(config, store, Engines(config, engines, key, control), shm_prefix, requests)
@@ -76,9 +78,9 @@ def _stage(run: Run, number: int, progress: Progress) -> None:
     match run.config.stages[number]:
         case stage if run.student is None:
             assist(run, stage, number, progress)
-        case SFT() as stage:
-            run_sft(run, stage, number, progress)
-        case DGRPO() as stage:
+        case Static() as stage:
+            run_static(run, stage, number, progress)
+        case OnPolicy() as stage:
             run_dgrpo(run, stage, number, progress)
 
 

@@ -51,7 +51,7 @@ def spoilt(*changes: tuple[str, Any]) -> Config:
         if value is ...:
             del node[last]
         else:
-            node[last] = value
+            node[int(last) if isinstance(node, list) else last] = value
     return Config.model_validate(spoiled)
 
 
@@ -152,7 +152,7 @@ def test_teachers_and_beta() -> None:
     assert only(("stages.1.objective", {"beta": 0})).startswith(
         "teachers: listed, but no stage uses one (every dgrpo stage has objective.beta 0); set teachers=[]"
     )
-    assert "there is no dgrpo stage" in only(("stages", data()["stages"][:1]))
+    assert "there is no dgrpo, opd or kd stage" in only(("stages", data()["stages"][:1]))
     assert only(("teachers", [{"model": "large"}, {"model": "large"}])) == (
         "teachers: 'large' is listed 2 times; list it once"
     )
@@ -161,7 +161,7 @@ def test_teachers_and_beta() -> None:
     routed = ("stages.1.data.teacher", "teacher")
     assert problems(spoilt(("teachers", two), routed)) == []
     assert only(("teachers", []), routed, ("stages.1.objective", {"beta": 0})) == (
-        "stages.1.data.teacher: the stage has no teacher; remove it, or set stages.1.objective.beta above 0"
+        "stages.1.data.teacher: this stage has no teacher; remove it, or set stages.1.objective.beta above 0"
     )
 
 

@@ -169,12 +169,13 @@ def test_unknown_keys_name_the_nearest(good: Path) -> None:
     assert only(good, "sed=1") == "sed: unknown key; did you mean 'seed'?"
     assert only(good, "stages.1.optimizer.learning_rat=1") == (
         "stages.1.optimizer.learning_rat: unknown key; "
-        "the keys here are lr, warmup_steps, betas, eps, weight_decay, clip_grad"
+        "the keys here are lr, warmup_steps, schedule, betas, eps, weight_decay, clip_grad, "
+        "precision_aware, cpu_offload"
     )
     assert only(good, "lr=1") == "lr: unknown key; it belongs at stages.N.optimizer.lr"
     assert only(good, "tp=1") == "tp: unknown key; it belongs at models.NAME.layout.tp or at engines.NAME.tp"
     assert only(good, "stages.1.batch_size=1") == (
-        "stages.1.batch_size: unknown key; it belongs at stages.N.batch_size of kind sft"
+        "stages.1.batch_size: unknown key; it belongs at stages.N.batch_size of kind sft or kd"
     )
     assert only(good, "engines.main.max_model_length=1").endswith("did you mean 'max_model_len'?")
 
@@ -225,7 +226,9 @@ def test_unknown_choices_name_the_nearest(good: Path) -> None:
     )
     assert only(good, "models.small.dtype=x").endswith("is unknown; there is 'bfloat16', 'float32', 'float64'")
     assert only(good, "stages.1.kind=dgrp") == "stages.1: kind 'dgrp' is unknown; did you mean 'dgrpo'?"
-    assert only(good, "stages.1.kind=x") == "stages.1: kind 'x' is unknown; there is 'dgrpo', 'sft'"
+    assert (
+        only(good, "stages.1.kind=x") == "stages.1: kind 'x' is unknown; there is 'dgrpo', 'grpo', 'kd', 'opd', 'sft'"
+    )
 
 
 def test_a_stage_of_a_misspelt_kind_is_read_on(good: Path) -> None:
@@ -241,7 +244,7 @@ def test_a_stage_of_a_misspelt_kind_is_read_on(good: Path) -> None:
 def test_a_stage_without_a_kind(tmp_path: Path) -> None:
     assert (
         only(written(tmp_path, GOOD.replace("kind: sft", "stesp: 3")))
-        == "stages.0: kind is missing; add it: sft or dgrpo"
+        == "stages.0: kind is missing; add it: sft or kd or dgrpo or grpo or opd"
     )
 
 
