@@ -30,7 +30,7 @@ from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTr
 
 from megatron_dgrpo.checkpoint.hf.headers import read_headers
 from megatron_dgrpo.errors import TransferError, listing
-from megatron_dgrpo.rollout.buckets import piece_shape, rows_of
+from megatron_dgrpo.rollout.buckets import map_shared, piece_shape, rows_of
 from megatron_dgrpo.rollout.checksum import partial_checksum
 from megatron_dgrpo.rollout.loading import Place, copy_rows, find_places
 
@@ -100,7 +100,7 @@ class SharedMemoryWeightTransferEngine(WeightTransferEngine[SharedMemoryInit, Sh
             if os.fstat(descriptor).st_size < init_info.num_bytes:
                 raise TransferError(f"{init_info.path} has fewer than the {init_info.num_bytes} bytes announced")
             self._unmap()
-            self._mapped = mmap.mmap(descriptor, init_info.num_bytes)
+            self._mapped = map_shared(descriptor, init_info.num_bytes)
         finally:
             os.close(descriptor)
         self._manifest = {
