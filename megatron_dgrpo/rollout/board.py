@@ -9,10 +9,9 @@ last rank to leave a turn removes its keys.
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch.distributed import PrefixStore, Store
 
@@ -20,7 +19,7 @@ from megatron_dgrpo.errors import TransferError
 
 _SHORTEST_SLEEP_S, _LONGEST_SLEEP_S = 0.0002, 0.02
 _LATE = 0.1
-"""How much later than it could a wait may end, as a part of it: a bucket is written in milliseconds."""
+"""How much later than it could a wait may end, as a part of it."""
 Answer = TypeVar("Answer")
 
 
@@ -54,19 +53,15 @@ class Board:
             if not self._store.check(["failure"]):
                 self._store.set("failure", text)
 
+    def look(self, what: str) -> None:
+        """Raise if a rank has failed or the deadline has passed. Whoever waits for anything looks now and then."""
+        if self._ask(lambda: self._store.check(["failure"])):
+            raise TransferError(f"{self._store.get('failure').decode()} (rank {self.rank} waited for {what})")
+        if time.monotonic() > self._deadline:
+            raise TransferError(f"the deadline passed: rank {self.rank} waited for {what}")
+
     def await_count(self, counter: str, value: int, what: str) -> None:
         self._poll(lambda: self._store.add(counter, 0) >= value or None, what)
-
-    def await_turn(self, keys: list[str], number: int, what: str) -> list[list[Any]]:
-        """Wait until each key holds a list in JSON that begins with this number; returns the rest of the lists."""
-
-        def all_there() -> list[list[Any]] | None:
-            if not self._store.check(keys):
-                return None
-            values = [json.loads(value) for value in self._store.multi_get(keys)]
-            return [value[1:] for value in values] if all(value[0] == number for value in values) else None
-
-        return self._poll(all_there, what) if keys else []
 
     def await_key(self, key: str, what: str) -> bytes:
         return self._poll(lambda: self._store.get(key) if self._store.check([key]) else None, what)
@@ -74,12 +69,8 @@ class Board:
     def _poll(self, probe: Callable[[], Answer | None], what: str) -> Answer:
         start = time.monotonic()
         while (answer := self._ask(probe)) is None:
-            if self._ask(lambda: self._store.check(["failure"])):
-                raise TransferError(f"{self._store.get('failure').decode()} (rank {self.rank} waited for {what})")
-            now = time.monotonic()
-            if now > self._deadline:
-                raise TransferError(f"the deadline passed: rank {self.rank} waited for {what}")
-            time.sleep(min(_LONGEST_SLEEP_S, max(_SHORTEST_SLEEP_S, _LATE * (now - start))))
+            self.look(what)
+            time.sleep(min(_LONGEST_SLEEP_S, max(_SHORTEST_SLEEP_S, _LATE * (time.monotonic() - start))))
         return answer
 
     def _ask(self, question: Callable[[], Answer]) -> Answer:

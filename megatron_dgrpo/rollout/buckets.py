@@ -8,6 +8,7 @@ an embedding is.
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -92,3 +93,8 @@ def _aligned(size: int) -> int:
 def _bucket(pieces: list[tuple[int, int, int, int]], number: int, slot_bytes: int) -> Bucket:
     slot = number % NUM_SLOTS
     return Bucket(tuple(Piece(i, start, stop, slot * slot_bytes + used) for i, start, stop, used in pieces), slot)
+
+
+def map_shared(descriptor: int, num_bytes: int) -> mmap.mmap:
+    """The file in memory, all pages at once: a fault for each would cost a good part of the copy."""
+    return mmap.mmap(descriptor, num_bytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)

@@ -8,7 +8,8 @@ those are noted instead: *box of the checkpoint's tensor -> view of a parameter*
 - an element is copied once, into its place, and what this rank does not need is not looked at;
 - it is known before the first byte whether the tensors offered fill every parameter to its last element.
 
-Notes are good for one update: vLLM may put its parameters elsewhere between two (experts are packed, a model sleeps).
+Notes are good as long as every parameter is where it was: vLLM puts some elsewhere (experts that it packs, a model that
+sleeps), so whoever keeps notes compares `whereabouts`. While views are kept, no other memory can get their addresses.
 """
 
 from __future__ import annotations
@@ -45,6 +46,11 @@ def _unfilled(model: torch.nn.Module, filled: Mapping[int, int]) -> list[str]:
         for name, parameter in model.named_parameters()
         if (count := filled.get(_memory(parameter), 0)) < parameter.numel()
     ]
+
+
+def whereabouts(model: torch.nn.Module) -> list[tuple[Any, ...]]:
+    """Where every parameter lies, and how."""
+    return [(name, p.data_ptr(), p.shape, p.stride(), p.dtype) for name, p in model.named_parameters()]
 
 
 def copy_rows(places: Sequence[Place], start: int, rows: torch.Tensor) -> int:
@@ -88,7 +94,8 @@ class _Watch(TorchDispatchMode):
                 f"vLLM computes something from {name or 'a tensor'} before it loads it, as a {list(source.shape)}: "
                 "only tensors of which it copies parts can be sent"
             )
-        self.places[name].append(Place(box, view.detach()))
+        # A plain tensor: vLLM's parameters have Python code for every operation on them.
+        self.places[name].append(Place(box, view.detach().as_subclass(torch.Tensor)))
         self._count(view)
         return view
 

@@ -30,9 +30,9 @@ from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTr
 
 from megatron_dgrpo.checkpoint.hf.headers import read_headers
 from megatron_dgrpo.errors import TransferError, listing
-from megatron_dgrpo.rollout.buckets import piece_shape, rows_of
+from megatron_dgrpo.rollout.buckets import map_shared, piece_shape, rows_of
 from megatron_dgrpo.rollout.checksum import partial_checksum
-from megatron_dgrpo.rollout.loading import Place, copy_rows, find_places
+from megatron_dgrpo.rollout.loading import Place, copy_rows, find_places, whereabouts
 
 
 @dataclass
@@ -77,6 +77,7 @@ class SharedMemoryWeightTransferEngine(WeightTransferEngine[SharedMemoryInit, Sh
         self._dtypes = {parameter.dtype for parameter in model.parameters()}
         self._manifest: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         self._places: dict[str, list[Place]] = {}
+        self._found_for: tuple[Any, Any] = None, None  # the manifest and the parameters' places that these are for
         self._next_row: dict[str, int] = {}  # of each tensor that has not come whole; rows come in order
         self.copied_bytes = 0
         """Of this rank, in the update that is under way or was the last."""
@@ -100,14 +101,18 @@ class SharedMemoryWeightTransferEngine(WeightTransferEngine[SharedMemoryInit, Sh
             if os.fstat(descriptor).st_size < init_info.num_bytes:
                 raise TransferError(f"{init_info.path} has fewer than the {init_info.num_bytes} bytes announced")
             self._unmap()
-            self._mapped = mmap.mmap(descriptor, init_info.num_bytes)
+            self._mapped = map_shared(descriptor, init_info.num_bytes)
         finally:
             os.close(descriptor)
-        self._manifest = {
+        manifest = {
             name: (tuple(shape), getattr(torch, dtype))
             for name, shape, dtype in zip(init_info.names, init_info.shapes, init_info.dtypes, strict=True)
         }
-        self._places = find_places(self.model, self._manifest)
+        found_for = manifest, whereabouts(self.model)
+        if not self._places or found_for != self._found_for:
+            self._places = {}
+            self._places, self._found_for = find_places(self.model, manifest), found_for
+        self._manifest = manifest
 
     def start_weight_update(self) -> None:
         if self._mapped is None:
@@ -144,11 +149,12 @@ class SharedMemoryWeightTransferEngine(WeightTransferEngine[SharedMemoryInit, Sh
             raise TransferError(
                 listing("These tensors never came whole, so the engine has old weights:", sorted(self._next_row))
             )
-        self._places = {}
         for module in self.model.modules():  # experts are packed on CPU, and by vLLM only when they are first loaded
             kernel = getattr(getattr(module, "quant_method", None), "moe_kernel", None)
             if kernel is not None and hasattr(module, "w13_weight"):
                 kernel.fused_experts.process_weights_after_loading(module)
+        if whereabouts(self.model) != self._found_for[1]:
+            self._places = {}  # of memory that has been left, and should be given back
         self._unmap()
 
     def shutdown(self) -> None:

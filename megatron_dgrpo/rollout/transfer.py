@@ -3,29 +3,28 @@
 Every rank writes the boxes that it holds straight to their places; no rank has more of the model than that, and the
 file holds two buckets. What happens before what:
 
-    rank 0   creates the file and offers the manifest to the engines           -> `path`
+    rank 0   creates the file and offers the manifest to the engines           -> `path`, in the store
     ranks    map the file; write bucket k into slot k % 2, once bucket k - 2
-             has been read by all engines (`read` >= k - 1)                    -> `wrote<slot>/<rank>`: k and the boxes
+             has been read by all engines (freed >= k - 1)                     -> a line to rank 0: the boxes
     rank 0   when all ranks have written bucket k: checks that their boxes
              cover its pieces exactly, tells the engines to load it, and
              goes on to write its own part of bucket k + 1
-    rank 0   before it writes bucket k + 2: waits for the engines' answers     -> `read` += 1
-    rank 0   after the last bucket: tells the engines to finish                -> `done`
+    rank 0   before it writes bucket k + 2: waits for the engines' answers     -> freed += 1
+    rank 0   after the last bucket: tells the engines to finish                -> freed += 1
 
-A rank cannot be two buckets ahead, so one key per slot and rank is enough. A question to the store costs as much as a
-megabyte of copying: there is one per rank and bucket, and none where there is one rank. Fresh memory costs more than
-the copy into it: small buckets, whose two slots are used again and again, are faster than large ones.
+What is said about each bucket goes through sockets (`links`): as a question to the store it would cost more than the
+bucket. Fresh memory costs more than the copy into it: small buckets, whose two slots are used again and again, are
+faster than large ones, and the file's pages are mapped all at once.
 
-Waiting is done on keys of a `Store`, with a deadline, and never in a collective. A rank that fails says so under
-`failure`, which everybody who waits looks at. The file loses its name as soon as all sides have it mapped, so that no
-way of dying leaves it behind.
+Waiting has a deadline, and is never done in a collective. A rank that fails says so in the store, which everybody who
+waits looks at. The file and the socket lose their names as soon as all sides have them open, so that no way of dying
+leaves them behind.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import mmap
 import os
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
@@ -37,9 +36,10 @@ from megatron_dgrpo.checkpoint.hf.shards import WeightShard, WeightSpec
 from megatron_dgrpo.errors import DGRPOError, TransferError
 from megatron_dgrpo.rollout.board import Board
 from megatron_dgrpo.rollout.boxes import Box, ShardReader, check_coverage
-from megatron_dgrpo.rollout.buckets import NUM_SLOTS, Bucket, Piece, Plan, piece_shape, plan_buckets
+from megatron_dgrpo.rollout.buckets import NUM_SLOTS, Bucket, Piece, Plan, map_shared, piece_shape, plan_buckets
 from megatron_dgrpo.rollout.checksum import MODULUS, partial_checksum
 from megatron_dgrpo.rollout.client import EngineClient
+from megatron_dgrpo.rollout.links import Links
 from megatron_dgrpo.rollout.messages import TensorSpec
 
 _SHM = "/dev/shm"
@@ -70,8 +70,9 @@ def push_weights(
     has succeeded, unless it came before the first byte moved.
     """
     board = Board(store, "push_weights", rank=rank, num_ranks=num_ranks, deadline_s=deadline_s)
+    links = Links(board)
     try:
-        push = _Push(plan_buckets(manifest, bucket_bytes), manifest, board, clients, checksums)
+        push = _Push(plan_buckets(manifest, bucket_bytes), manifest, board, links, clients, checksums)
         with push.mapped_file(version, shm_prefix):
             push.move(ShardReader(shards, manifest))
             push.finish(version)
@@ -82,20 +83,22 @@ def push_weights(
                 client.abandon_update(deadline_s=5.0)
         raise
     finally:
-        board.leave(_keys(num_ranks))
-
-
-def _keys(num_ranks: int) -> list[str]:
-    """Every key that a push may leave in the store."""
-    by_rank = [f"wrote{slot}/{rank}" for slot in range(NUM_SLOTS) for rank in range(num_ranks)]
-    return ["path", "read", "done", *by_rank]
+        links.close()  # after a failure was said: who finds them closed looks for it
+        board.leave(["path"])
 
 
 class _Push:
     def __init__(
-        self, plan: Plan, manifest: Sequence[WeightSpec], board: Board, clients: Sequence[EngineClient], checksums: bool
+        self,
+        plan: Plan,
+        manifest: Sequence[WeightSpec],
+        board: Board,
+        links: Links,
+        clients: Sequence[EngineClient],
+        checksums: bool,
     ) -> None:
-        self.plan, self.manifest, self.board, self.clients, self.checksums = plan, manifest, board, clients, checksums
+        self.plan, self.manifest, self.board, self.links = plan, manifest, board, links
+        self.clients, self.checksums = clients, checksums
         self.path = ""
         self.file = torch.empty(0, dtype=torch.uint8)
         self.num_loaded_rounds = 0  # of rank 0: buckets whose answers it has
@@ -111,12 +114,16 @@ class _Push:
                 self._create()
                 self._offer(version)
                 if self.board.num_ranks > 1:
-                    self.board.publish("path", json.dumps([version, self.path]).encode())
+                    socket = self.links.open(f"{self.path}.socket")
+                    self.board.publish("path", json.dumps([version, self.path, *socket]).encode())
+                self.file = self._map()
             else:
-                its_version, self.path = json.loads(self.board.await_key("path", "rank 0 to create the shared file"))
+                offer = json.loads(self.board.await_key("path", "rank 0 to create the shared file"))
+                its_version, self.path, *socket = offer
                 if its_version != version:
                     raise TransferError(f"it was told to push version {version}, and rank 0 version {its_version}")
-            self.file = self._map()
+                self.file = self._map()
+                self.links.join(*socket)
             yield
         finally:
             self._unlink()
@@ -137,7 +144,7 @@ class _Push:
     def _map(self) -> torch.Tensor:
         descriptor = os.open(self.path, os.O_RDWR | os.O_NOFOLLOW)
         try:
-            return torch.frombuffer(mmap.mmap(descriptor, self.plan.file_bytes), dtype=torch.uint8)
+            return torch.frombuffer(map_shared(descriptor, self.plan.file_bytes), dtype=torch.uint8)
         finally:
             os.close(descriptor)
 
@@ -163,13 +170,12 @@ class _Push:
             if self.board.rank == 0:
                 self._collect_answers(num_read)
             elif num_read > 0:
-                self.board.await_count("read", num_read, f"the engines to read bucket {num_read - 1}")
+                self.links.await_freed(num_read, f"the engines to read bucket {num_read - 1}")
             wrote = self._write(bucket, shards)
             if self.board.rank == 0:
                 self._announce(number, bucket, wrote)
             else:
-                text = json.dumps([number, *wrote]).encode()
-                self.board.publish(f"wrote{bucket.slot}/{self.board.rank}", text)
+                self.links.send(wrote)
         shards.expect_end()
         if self.board.rank == 0:
             self._collect_answers(len(self.plan.buckets))
@@ -200,8 +206,7 @@ class _Push:
 
     def _announce(self, number: int, bucket: Bucket, own: Wrote) -> None:
         """When all ranks have written a bucket whole, the engines may load it; nobody waits for them yet."""
-        keys = [f"wrote{bucket.slot}/{rank}" for rank in range(1, self.board.num_ranks)]
-        others = self.board.await_turn(keys, number, f"all ranks to write bucket {number}")
+        others = self.links.collect(f"all ranks to write bucket {number}")
         self._unlink()  # every rank has mapped the file, or it could not have written
         wrote = [own, *others]
         check_coverage(self.manifest, bucket.pieces, [boxes for boxes, _ in wrote])
@@ -218,14 +223,12 @@ class _Push:
             for client, call in zip(self.clients, self.asked[self.num_loaded_rounds], strict=True):
                 client.bucket_loaded(call, deadline_s=self.board.left())
             self.num_loaded_rounds += 1
-            if self.board.num_ranks > 1:
-                self.board.count("read")
+            self.links.free()
 
     def finish(self, version: int) -> None:
         if self.board.rank != 0:
-            self.board.await_key("done", f"the engines to have version {version}")
+            self.links.await_freed(len(self.plan.buckets) + 1, f"the engines to have version {version}")
             return
         for client in self.clients:
             client.finish_update(version, deadline_s=self.board.left())
-        if self.board.num_ranks > 1:
-            self.board.publish("done", b"1")
+        self.links.free()

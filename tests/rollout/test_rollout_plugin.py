@@ -3,6 +3,10 @@
 import os
 from importlib.metadata import entry_points
 
+import pytest
+import torch
+
+from megatron_dgrpo.rollout.vllm_plugin import _linear
 from megatron_dgrpo.testing.distributed import run_forked
 
 
@@ -36,3 +40,14 @@ def test_weights_stay_plain_in_a_host_and_packed_elsewhere():
 def test_vllm_finds_the_plugin_where_the_package_is_installed():
     (ours,) = [e for e in entry_points(group="vllm.general_plugins") if e.name == "megatron_dgrpo"]
     assert ours.value == "megatron_dgrpo.rollout.vllm_plugin:register"
+
+
+@pytest.mark.parametrize("shape", [(0, 33), (1, 33), (9, 33), (3, 5, 33)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_product_with_plain_weights(shape, dtype):
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(shape).to(dtype), torch.randn(17, 33).to(dtype), torch.randn(17).to(dtype)
+    for given in (None, bias):
+        right = x.double() @ weight.double().T + (0 if given is None else given.double())
+        tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(_linear(x, weight, given).double(), right, rtol=tolerance, atol=tolerance)

@@ -2,12 +2,13 @@
 
     python tools/bench/rollout.py [--quick]
 
-Three engines of one model and of the same settings stand side by side, each in a process of its own with one thread,
+Four engines of one model and of the same settings stand side by side, each in a process of its own with one thread,
 and are asked in turns for G samples of a prompt that none of them has seen; a case's figure is that of its best round.
 
     host            an engine host, over its socket, with its prefix cache: the prompt is computed once
     host, no cache  the same without the prefix cache: the prompt is computed G times
     bare            vLLM's own LLM.generate, without this package's plugin, with its prefix cache
+    bare, plain     the same with linear weights as they are in the checkpoint, as an engine host on CPU keeps them
 
 The ratios: host to bare (at least 0.9), and host to no cache. Tokens are the generated ones. Seconds are processor time
 of the engine's process and its client's together, from the request to the last answer, the prompt's computation
@@ -46,7 +47,9 @@ def prompt(number: int, length: int) -> np.ndarray:
     return np.random.default_rng(number).integers(0, MODEL["vocab_size"], length).astype(np.int32)
 
 
-def bare_server(*, address: str, folder: str, context: int, num_seqs: int, max_tokens: int, prompt_tokens: int) -> None:
+def bare_server(
+    *, address: str, folder: str, plain: bool, context: int, num_seqs: int, max_tokens: int, prompt_tokens: int
+) -> None:
     """vLLM alone. A line with a number asks for a round with that prompt; the answer is its seconds and tokens."""
     os.environ.update(
         VLLM_ENABLE_V1_MULTIPROCESSING="0",
@@ -61,6 +64,10 @@ def bare_server(*, address: str, folder: str, context: int, num_seqs: int, max_t
     from vllm import LLM, SamplingParams
     from vllm.inputs import tokens_input
 
+    if plain:
+        from megatron_dgrpo.rollout.vllm_plugin import _keep_linear_weights_plain
+
+        _keep_linear_weights_plain()
     torch.set_num_threads(1)
     torch.compiler.set_stance("force_eager")
     llm = LLM(
@@ -114,12 +121,12 @@ def processor_time(pid: int) -> float:
 
 
 @contextlib.contextmanager
-def bare(folder: str, sizes: dict[str, int]) -> Iterator[Round]:
+def bare(folder: str, sizes: dict[str, int], *, plain: bool) -> Iterator[Round]:
     with tempfile.TemporaryDirectory() as home, socket.socket(socket.AF_UNIX) as listener:
         listener.bind(f"{home}/bare")
         listener.listen(1)
         listener.settimeout(_START_S)
-        settings = {"address": f"{home}/bare", "folder": folder, **sizes}
+        settings = {"address": f"{home}/bare", "folder": folder, "plain": plain, **sizes}
         child = session_nursery("engine").start("bare", "rollout:bare_server", settings, log_path=Path(home) / "log")
         try:
             try:
@@ -198,7 +205,8 @@ def main() -> int:
         run_distributed(save_model, 1, folder, sizes["context"])
         session_nursery("engine").wait_ready()
         cases = {
-            "bare": stack.enter_context(bare(folder, sizes)),
+            "bare": stack.enter_context(bare(folder, sizes, plain=False)),
+            "bare, plain": stack.enter_context(bare(folder, sizes, plain=True)),
             "host": stack.enter_context(host(folder, sizes, prefix_cache=True)),
             "host, no cache": stack.enter_context(host(folder, sizes, prefix_cache=False)),
         }
@@ -218,6 +226,7 @@ def main() -> int:
                 name, **shape, tokens_per_s=best[name], slowest_round=min(found), tokens_per_s_by_clock=by_clock
             )
         report.line("host to bare", ratio=best["host"] / best["bare"], target=0.9, at_most=False)
+        report.line("host to bare, plain", ratio=best["host"] / best["bare, plain"])
         target = 1.0 if quick else 2.0
         shared = best["host"] / best["host, no cache"]
         report.line("shared prefix to none", ratio=shared, target=target, at_most=False)

@@ -47,6 +47,7 @@ PREFIX = "dgrpo-bench-"
 def serve_measured(report: str, **settings: Any) -> None:
     """An engine host that writes down what each update took, and then the floor."""
     from megatron_dgrpo.rollout import host
+    from megatron_dgrpo.rollout.messages import BeginUpdate, FinishUpdate
     from megatron_dgrpo.rollout.shm_engine import SharedMemoryWeightTransferEngine as Transfer
 
     seen: dict[str, Any] = {}
@@ -56,7 +57,7 @@ def serve_measured(report: str, **settings: Any) -> None:
 
         def outer(self: Any, *args: Any) -> None:
             if name == "init_transfer_engine":
-                seen.update(seconds=0.0, cpu=0.0, begun=time.process_time(), memory=os.path.exists(f"{report}.memory"))
+                seen.update(seconds=0.0, cpu=0.0, memory=os.path.exists(f"{report}.memory"))
                 if seen["memory"]:
                     seen["peak"] = Peak()
                     seen["peak"].__enter__()
@@ -67,17 +68,29 @@ def serve_measured(report: str, **settings: Any) -> None:
             if name == "finish_weight_update":
                 if seen["memory"]:
                     seen["peak"].__exit__()
-                used = time.process_time() - seen["begun"]
-                found = {"seconds": seen["seconds"], "cpu": seen["cpu"], "all_cpu": used}
-                found["peak"] = seen["peak"].bytes if seen["memory"] else 0
-                floor = dict(zip(("floor", "floor_cpu"), _plain_copy(self.model), strict=True))
-                with open(report, "a") as file:
-                    file.write(json.dumps({**found, **floor, "bytes": self.copied_bytes}) + "\n")
+                seen.update(model=self.model, bytes=self.copied_bytes)
 
         setattr(Transfer, name, outer)
 
     for name in ("init_transfer_engine", "start_weight_update", "receive_weights", "finish_weight_update"):
         timed(name)
+    answer = host.Host._update
+
+    def then_floor(self: Any, peer: Any, message: Any) -> None:
+        """The floor is measured when the trainer has its answer, so that it does not wait for that."""
+        if isinstance(message, BeginUpdate):
+            seen["begun"] = time.process_time()
+        answer(self, peer, message)
+        if isinstance(message, FinishUpdate):
+            self.server.flush(5.0)
+            used = time.process_time() - seen["begun"]
+            found = {"seconds": seen["seconds"], "cpu": seen["cpu"], "all_cpu": used, "bytes": seen["bytes"]}
+            found["peak"] = seen["peak"].bytes if seen["memory"] else 0
+            floor = dict(zip(("floor", "floor_cpu"), _plain_copy(seen["model"]), strict=True))
+            with open(report, "a") as file:
+                file.write(json.dumps({**found, **floor}) + "\n")
+
+    host.Host._update = then_floor  # type: ignore[method-assign]
     host.serve(**settings)
 
 
@@ -138,6 +151,8 @@ def push(rank: int, world: int, folder: str, address: str, key: str, bucket_byte
             )
             found.append((time.perf_counter() - start, time.process_time() - cpu))
         found[-1] += (peak.bytes if peak else 0,)
+        for client in clients:
+            client.describe()  # when the floor has been measured
     return found
 
 
