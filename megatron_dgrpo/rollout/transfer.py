@@ -39,8 +39,8 @@ from megatron_dgrpo.rollout.board import Board
 from megatron_dgrpo.rollout.boxes import Box, ShardReader, check_coverage
 from megatron_dgrpo.rollout.buckets import NUM_SLOTS, Bucket, Piece, Plan, piece_shape, plan_buckets
 from megatron_dgrpo.rollout.checksum import MODULUS, partial_checksum
-from megatron_dgrpo.rollout.client import EngineClient
 from megatron_dgrpo.rollout.messages import TensorSpec
+from megatron_dgrpo.rollout.transports import Receiver
 
 _SHM = "/dev/shm"
 Wrote = tuple[list[tuple[int, Box]], list[int]]
@@ -55,7 +55,7 @@ def push_weights(
     store: Store,
     rank: int,
     num_ranks: int,
-    clients: Sequence[EngineClient] = (),
+    clients: Sequence[Receiver] = (),
     bucket_bytes: int,
     shm_prefix: str,
     deadline_s: float,
@@ -93,7 +93,7 @@ def _keys(num_ranks: int) -> list[str]:
 
 class _Push:
     def __init__(
-        self, plan: Plan, manifest: Sequence[WeightSpec], board: Board, clients: Sequence[EngineClient], checksums: bool
+        self, plan: Plan, manifest: Sequence[WeightSpec], board: Board, clients: Sequence[Receiver], checksums: bool
     ) -> None:
         self.plan, self.manifest, self.board, self.clients, self.checksums = plan, manifest, board, clients, checksums
         self.path = ""
