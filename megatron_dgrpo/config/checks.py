@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ from megatron_dgrpo.config.schema import SFT, Config
 from megatron_dgrpo.config.stages import dgrpo_stages, samplers
 from megatron_dgrpo.config.trackers import missing_packages
 from megatron_dgrpo.errors import ConfigError, listing
-
 
 
 def check(config: Config) -> None:

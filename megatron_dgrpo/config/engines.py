@@ -26,11 +26,11 @@ class Engine(Frozen):
     """A host that says nothing for so long, even when asked, hangs. It answers between steps: a step that computes the
     longest prompts must be shorter."""
     placement: Literal["separate", "colocated"] = "separate"
-    """On devices or cores of its own, or on the GPUs of the student's ranks: a colocated engine sleeps while the student
-    trains, gives its memory back, and gets all weights anew when it wakes."""
+    """On devices or cores of its own, or on the GPUs of the student's ranks: a colocated engine sleeps while the
+    student trains, gives its memory back, and gets all weights anew when it wakes."""
     transport: Literal["auto", "shared_memory", "wire", "ipc", "nccl"] = "auto"
     """How weights reach it: through shared memory (on the trainer's machine), over its connection (anywhere), from GPU
-    memory that both sides map (colocated), by NCCL (GPUs of its own), or the fastest of these that both sides can do."""
+    memory that both sides map (colocated), by NCCL (GPUs of its own), or the fastest that both sides can do."""
     dtype: DType | None = None
     """Type of its weights; the model's own where none is given."""
     max_model_len: PositiveInt

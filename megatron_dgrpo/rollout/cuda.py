@@ -12,7 +12,7 @@ connections, between GPUs' machines, carry that key and are not encrypted. A gro
 from __future__ import annotations
 
 import base64
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -31,7 +31,9 @@ def export_handle(tensor: torch.Tensor) -> Handle:
 
     assert tensor.dtype == torch.uint8 and tensor.is_contiguous()
     _, parts = reduce_tensor(tensor)
-    (_, size, _, offset, _, _, _, handle, storage_bytes, storage_offset, _, counter, counter_offset, event, sync) = parts
+    (_, size, _, offset, _, _, _, handle, storage_bytes, storage_offset, _, counter, counter_offset, event, sync) = (
+        parts
+    )
     return {
         "num_bytes": int(size[0]),
         "offset": int(offset),

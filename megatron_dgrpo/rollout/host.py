@@ -81,6 +81,8 @@ def serve(
             f"max_num_seqs={max_num_seqs}, dtype={dtype}; if it lacks room, raise kv_cache_bytes or lower "
             f"max_model_len. In its words: {error}"
         ) from error
+    if sleeps:
+        engine.sleep()  # until it is first given weights, the GPU is the student's
     server = Server(address, key)
     try:
         Host(engine, server).run()

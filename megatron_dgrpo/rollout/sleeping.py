@@ -1,4 +1,4 @@
-"""An engine that gives its GPU's memory back while the student trains there: vLLM's sleep at level 2, and waking from it.
+"""An engine that gives its GPU's memory back while the student trains there: vLLM's sleep at level 2, and waking.
 
     sleep            weights, keys and values lose their memory; addresses stay, CUDA graphs with them
     wake weights     the weights' memory is back, and holds nothing; what no update brings is put back
@@ -90,5 +90,3 @@ def _held(values: dict[str, Any]) -> Iterator[torch.Tensor]:
             continue
         items = value if isinstance(value, list | tuple) else value.values() if isinstance(value, dict) else (value,)
         yield from (item for item in items if isinstance(item, torch.Tensor))
-
-

@@ -166,7 +166,7 @@ class _Push:
                 self.board.await_count("read", num_read, f"the engines to read bucket {num_read - 1}")
             wrote = self._write(bucket, shards)
             if self.board.rank == 0:
-                self._announce(number, bucket, wrote)
+                self._tell(bucket, self._whole(number, bucket, wrote))
             else:
                 text = json.dumps([number, *wrote]).encode()
                 self.board.publish(f"wrote{bucket.slot}/{self.board.rank}", text)
@@ -198,17 +198,20 @@ class _Push:
 
     # ---- rank 0 and the engines ----
 
-    def _announce(self, number: int, bucket: Bucket, own: Wrote) -> None:
-        """When all ranks have written a bucket whole, the engines may load it; nobody waits for them yet."""
+    def _whole(self, number: int, bucket: Bucket, own: Wrote) -> list[int]:
+        """Wait until all ranks have written a bucket, and check that it is whole; returns the tensors' checksums."""
         keys = [f"wrote{bucket.slot}/{rank}" for rank in range(1, self.board.num_ranks)]
         others = self.board.await_turn(keys, number, f"all ranks to write bucket {number}")
         self._unlink()  # every rank has mapped the file, or it could not have written
         wrote = [own, *others]
         check_coverage(self.manifest, bucket.pieces, [boxes for boxes, _ in wrote])
+        return [sum(parts) % MODULUS for parts in zip(*[sums for _, sums in wrote], strict=True)]
+
+    def _tell(self, bucket: Bucket, sums: list[int]) -> None:
+        """The engines may load a bucket; nobody waits for them yet."""
         names = [self.manifest[piece.index].hf_name for piece in bucket.pieces]
         offsets = [piece.offset for piece in bucket.pieces]
         rows = [(piece.start, piece.stop) for piece in bucket.pieces]
-        sums = [sum(parts) % MODULUS for parts in zip(*[sums for _, sums in wrote], strict=True)]
         left = self.board.left()
         sums = sums if self.checksums else []
         self.asked.append([c.load_bucket(names, offsets, sums, rows, deadline_s=left) for c in self.clients])

@@ -129,15 +129,15 @@ def _violations(transport: str, setting: str, engine: str, placement: str, train
     other = f"or set {setting}.transport=auto"
     if transport == "shared_memory" and not here:
         problems.append(
-            f"shared_memory: {engine} does not see this machine's /dev/shm: start it on this machine (with the same "
-            f"/dev/shm, where containers are used), set {setting}.transport=wire, {other}"
+            f"{engine} does not see this machine's /dev/shm, where shared_memory puts the weights: start it on this "
+            f"machine (with the same /dev/shm, where containers are used), set {setting}.transport=wire, {other}"
         )
     if transport in ON_DEVICE:
         problems += [
-            f"{transport}: {who} on {platform or 'an unknown platform'}, and it moves the memory of GPUs: set "
+            f"{transport}: {who} on {platform}, and it moves the memory of GPUs: set "
             f"{setting}.transport=shared_memory (or wire, for another machine), {other}"
             for who, platform in (("the student's ranks run", trainer.platform), (f"{engine} runs", side.platform))
-            if platform != "cuda"
+            if platform not in ("cuda", None)
         ]
         if trainer.vllm_version is not None and trainer.vllm_version != side.vllm_version:
             problems.append(
