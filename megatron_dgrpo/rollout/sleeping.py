@@ -20,7 +20,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from vllm.platforms import current_platform
 
 from megatron_dgrpo.errors import RolloutError
 
@@ -40,6 +39,8 @@ def wake(llm: Any, what: str) -> None:
 
 def gpus(llm: Any) -> tuple[str, ...]:
     """The UUID of every rank's GPU; none where there are no GPUs."""
+    from vllm.platforms import current_platform
+
     return tuple(llm.collective_rpc(_uuid)) if current_platform.is_cuda() else ()
 
 
