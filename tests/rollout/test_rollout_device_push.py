@@ -1,5 +1,5 @@
-"""Transfers through staging memory, on CPU: the plan, the sums, the group and the refusals are those of GPUs; handles of
-mapped memory and NCCL's group, which a CPU has not, are files and gloo here (tests/gpu has the real ones)."""
+"""Transfers through staging memory, on CPU: the plan, the sums, the group and the refusals are those of GPUs. Handles
+of mapped memory and NCCL groups, which a CPU has not, are files and gloo here (tests/gpu has the real ones)."""
 
 from __future__ import annotations
 
