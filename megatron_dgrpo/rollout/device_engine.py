@@ -45,8 +45,8 @@ class DeviceWeightTransferEngine(SharedMemoryWeightTransferEngine):
     def _problems(self, offered: SharedMemoryInit) -> list[str]:
         if quantization := self.model_config.quantization:
             return [
-                f"its weights are quantised ({quantization}): vLLM computes these when it loads a model, and a transfer "
-                "only copies; start the engine from the unquantised folder"
+                f"its weights are quantised ({quantization}): vLLM computes these when it loads a model, and a "
+                "transfer only copies; start the engine from the unquantised folder"
             ]
         return super()._problems(offered)
 
