@@ -8,7 +8,8 @@ write. Each rank has a staging tensor of two slots on its own device. What happe
     all ranks   add up the slot's bytes over the ranks: every byte is written by one of them and zero on the others,
                 so the sum has all bytes of the bucket, exactly; wait for the device                       -> `summed`
     rank 0      `ipc`: when all have, tells the engines, whose ranks read the staging tensor of their own GPU
-                `nccl`: tells the engines, and broadcasts its slot to them
+                `nccl`: tells the engines, broadcasts its slot to them, and waits for their answers: an engine that
+                refuses takes no part in the broadcast, and only its answer ends a wait for the device
 
 So a rank has one bucket whole at a time, and never more. Nobody enters the sum before all have written (`go`): one that
 failed ends the others in the store, not in a collective. NCCL's group is made for one update and aborted with it,
@@ -214,6 +215,7 @@ class _DevicePush(_Push):
         self._tell(bucket, sums)
         if self.group is not None:
             self.group.broadcast(slot, src=0)
+            self._collect_answers(number + 1)
 
     def _collect_answers(self, num_rounds: int) -> None:
         super()._collect_answers(num_rounds)
