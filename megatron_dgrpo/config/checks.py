@@ -7,24 +7,21 @@ the dotted path and end with the remedy; `check` and `check_files` raise them as
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_dgrpo.config import layouts, stages
+from megatron_dgrpo.config import engine_rules, layouts, stages
 from megatron_dgrpo.config.checkpoints import problems as checkpoint_problems
 from megatron_dgrpo.config.checkpoints import run_dir_problems
 from megatron_dgrpo.config.data import ROW_FILES, SAVED_DATASET, Dataset
 from megatron_dgrpo.config.data import problems as data_problems
 from megatron_dgrpo.config.explain import nearest
-from megatron_dgrpo.config.schema import Config, Engine, Static
+from megatron_dgrpo.config.schema import Config, Static
 from megatron_dgrpo.config.stages import samplers
 from megatron_dgrpo.config.trackers import missing_packages
 from megatron_dgrpo.config.vocabularies import TOKENIZER_FILES, read_json, tokenizers
 from megatron_dgrpo.errors import ConfigError, listing
-
-_ADDRESS = re.compile(r"tcp:(\[[0-9a-fA-F:.]+\]|[^\s:]+):\d{1,5}|unix:/\S+")
 
 
 def check(config: Config) -> None:
@@ -117,21 +114,7 @@ def _engines(config: Config) -> Iterator[str]:
         model = config.models.get(engine.model)
         if model is not None and (engine.dtype or model.dtype) == "float64":
             yield f"engines.{name}.dtype: vLLM does not compute in float64; set engines.{name}.dtype=float32"
-        yield from _addresses(f"engines.{name}", engine)
-
-
-def _addresses(where: str, engine: Engine) -> Iterator[str]:
-    if engine.replicas > 1 and engine.addresses:
-        yield f"{where}.replicas: the hosts at its addresses are its replicas; leave replicas out"
-    if engine.addresses and engine.key_file is None:
-        yield f"{where}.key_file: engines at addresses ask for a key; name the file that `dgrpo engine` was given"
-    if engine.key_file is not None and not engine.addresses:
-        yield f"{where}.key_file: engines that the run starts have a key of the run's; leave key_file out"
-    for i, address in enumerate(engine.addresses):
-        if not _ADDRESS.fullmatch(address):
-            yield f"{where}.addresses.{i}: {address!r} is no address; write tcp:HOST:PORT or unix:/PATH"
-        if address in engine.addresses[:i]:
-            yield f"{where}.addresses.{i}: {address} is listed twice; list each host once"
+    yield from engine_rules.problems(config)
 
 
 # ---- The disk --------------------------------------------------------------------------------------------------------

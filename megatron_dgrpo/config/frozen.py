@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict
+
+DType = Literal["float32", "bfloat16", "float64"]
 
 
 class Frozen(BaseModel):

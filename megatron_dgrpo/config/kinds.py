@@ -119,6 +119,7 @@ class OnPolicy(Stage):
     """Rollouts, rewards, teacher, update, weight transfer."""
 
     engine: str
+    """Name of the engine that generates."""
     prompts_per_step: PositiveInt
     """Prompts of a batch, each with `group_size` responses."""
     group_size: PositiveInt

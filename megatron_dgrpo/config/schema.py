@@ -11,7 +11,8 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from megatron_dgrpo.config.checkpoints import Checkpoints, Resume
 from megatron_dgrpo.config.data import Dataset
-from megatron_dgrpo.config.frozen import Frozen
+from megatron_dgrpo.config.engines import Engine
+from megatron_dgrpo.config.frozen import DType, Frozen
 from megatron_dgrpo.config.kinds import (
     DGRPO,
     GRPO,
@@ -37,8 +38,6 @@ __all__ = [
     "Layout", "Llama3Rope", "Model", "Objective", "OnPolicy", "Periodic", "Rollout", "RopeScaling", "Sampling", "Stage",
     "Static", "Synchronous", "Teacher", "YarnRope",
 ]  # fmt: skip
-
-DType = Literal["float32", "bfloat16", "float64"]
 
 
 class Layout(Frozen):
@@ -84,49 +83,6 @@ class Model(Frozen):
     """Transformer Engine's linear layers or Megatron-Core's own; auto: the former where they and a GPU are there."""
     fp8: Literal["tensorwise", "blockwise", "mxfp8"] | None = None
     """Recipe of FP8 products, with weights in bfloat16 (needs Transformer Engine; mxfp8 needs Blackwell)."""
-
-
-class Engine(Frozen):
-    """vLLM engine hosts that serve the same: each is one process around one engine."""
-
-    model: str
-    """Name of the model it serves."""
-    replicas: PositiveInt = 1
-    """Hosts that share the prompts."""
-    addresses: tuple[str, ...] = ()
-    """Hosts that run already (`dgrpo engine`), instead of any that the run starts: tcp:HOST:PORT or unix:/PATH."""
-    key_file: str | None = None
-    """File with the key of the hosts at `addresses`, readable by its owner alone."""
-    max_restarts: NonNegativeInt = 3
-    """How often within an hour a host that died or hung is started again, before its end is that of the run."""
-    hang_timeout_s: PositiveFloat = 300.0
-    """A host that says nothing for so long, even when asked, hangs. It answers between steps: a step that computes the
-    longest prompts must be shorter."""
-    dtype: DType | None = None
-    """Type of its weights; the model's own where none is given."""
-    max_model_len: PositiveInt
-    """Longest prompt plus response, in tokens."""
-    kv_cache_bytes: PositiveInt = 2**28
-    """Memory for keys and values, on each of its ranks."""
-    max_num_seqs: PositiveInt = 256
-    """Sequences generated at the same time."""
-    prefix_cache: bool = True
-    """Compute a prompt once for all of its samples."""
-    chunked_prefill: PositiveInt | None = None
-    """Compute prompts in pieces, of at most so many tokens a step for all sequences together (none: each prompt in one
-    piece, with memory for all of it)."""
-    threads: PositiveInt = 1
-    """CPU threads of the host, or of each of its ranks, where it runs on CPU."""
-    tp: PositiveInt = 1
-    """Ranks over which the model is cut, each a process of its own."""
-    start_timeout_s: PositiveFloat = 600.0
-    """How long the host may take to be ready."""
-    request_timeout_s: PositiveFloat = 1800.0
-    """How long a batch of requests may take."""
-    bucket_bytes: PositiveInt = 2**24
-    """Weights arrive in buckets of this size; two are in flight."""
-    checksums: bool = False
-    """Compare a checksum of every tensor on both sides of each transfer of weights."""
 
 
 class Teacher(Frozen):

@@ -15,9 +15,17 @@ from megatron_dgrpo.config.schema import Config, Model
 from megatron_dgrpo.errors import ConfigError, RolloutError, listing
 from megatron_dgrpo.launch.preflight import check_engine
 from megatron_dgrpo.rollout.client import EngineClient
-from megatron_dgrpo.rollout.compatibility import Expected, between_replicas, differences, expected
+from megatron_dgrpo.rollout.compatibility import (
+    Expected,
+    architecture,
+    between_replicas,
+    differences,
+    this_side,
+    vllm_version,
+)
 from megatron_dgrpo.rollout.keys import key_problem, read_key
 from megatron_dgrpo.rollout.messages import EngineInfo
+from megatron_dgrpo.rollout.transports import Side
 
 _QUICK_S = 2.0
 
@@ -27,13 +35,23 @@ def host_names(engine: str, replicas: int) -> list[str]:
     return [f"engine-{engine}"] if replicas == 1 else [f"engine-{engine}-{i}" for i in range(replicas)]
 
 
-def expected_engine(config: Config, name: str) -> Expected:
-    """What an engine must be."""
+def expected_engine(config: Config, name: str, trainer: Side | None = None) -> Expected:
+    """What an engine must be. `trainer` says what is known of the ranks, once they are there."""
     settings = config.engines[name]
     model = config.models[settings.model]
     spec = read_spec(model.path, model.rope)
     dtype = settings.dtype or model.dtype
-    return expected(f"engines.{name}", model.path, spec.vocab_size, settings.max_model_len, dtype)
+    return Expected(
+        f"engines.{name}",
+        architecture(model.path),
+        spec.vocab_size,
+        settings.max_model_len,
+        dtype,
+        vllm_version(),
+        trainer or this_side(),
+        settings.transport,
+        settings.placement,
+    )
 
 
 def engine_args(config: Config, name: str, address: str, key: str) -> dict[str, object]:
@@ -53,6 +71,7 @@ def engine_args(config: Config, name: str, address: str, key: str) -> dict[str, 
         "tp": engine.tp,
         "chunked_prefill": engine.chunked_prefill,
         "deterministic": config.rollout.deterministic,
+        "sleeps": engine.placement == "colocated",
         "hf_overrides": _rope(model),
     }
 

@@ -9,9 +9,10 @@ last rank to leave a turn removes its keys.
 from __future__ import annotations
 
 import contextlib
+import json
 import time
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch.distributed import PrefixStore, Store
 
@@ -62,6 +63,17 @@ class Board:
 
     def await_count(self, counter: str, value: int, what: str) -> None:
         self._poll(lambda: self._store.add(counter, 0) >= value or None, what)
+
+    def await_turn(self, keys: list[str], number: int, what: str) -> list[list[Any]]:
+        """Wait until each key holds a list in JSON that begins with this number; returns the rest of the lists."""
+
+        def all_there() -> list[list[Any]] | None:
+            if not self._store.check(keys):
+                return None
+            values = [json.loads(value) for value in self._store.multi_get(keys)]
+            return [value[1:] for value in values] if all(value[0] == number for value in values) else None
+
+        return self._poll(all_there, what) if keys else []
 
     def await_key(self, key: str, what: str) -> bytes:
         return self._poll(lambda: self._store.get(key) if self._store.check([key]) else None, what)

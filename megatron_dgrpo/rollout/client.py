@@ -13,12 +13,16 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
+import numpy as np
+
 from megatron_dgrpo.errors import RolloutError, TransferError
 from megatron_dgrpo.rollout import messages as m
 from megatron_dgrpo.rollout.wire import Connection, ConnectionLost, connect
 
 _SHORT_S = 60.0
 """For questions that are answered within one step of the engine, and for sending."""
+_PART_BYTES = 2**20
+"""Of a bucket that is sent; what both sides hold of it beside their files."""
 
 
 class EngineClient:
@@ -103,11 +107,18 @@ class EngineClient:
     # ---- weights ----
 
     def begin_update(
-        self, version: int, tensors: Sequence[m.TensorSpec], path: str, num_bytes: int, *, deadline_s: float
+        self,
+        version: int,
+        tensors: Sequence[m.TensorSpec],
+        path: str,
+        num_bytes: int,
+        *,
+        source: str = "file",
+        deadline_s: float,
     ) -> None:
         """Raises if the tensors do not fit the engine's model; then nothing has changed."""
         call = self._open()
-        self._send(m.BeginUpdate(call, version, tuple(tensors), path, num_bytes), deadline_s)
+        self._send(m.BeginUpdate(call, version, tuple(tensors), path, num_bytes, source), deadline_s)
         self._answer(call, m.Done, deadline_s, "its judgement of the manifest")
 
     def load_bucket(
@@ -117,10 +128,17 @@ class EngineClient:
         checksums: Sequence[int] = (),
         rows: Sequence[tuple[int, int]] = (),
         *,
+        data: np.ndarray | None = None,
         deadline_s: float = _SHORT_S,
     ) -> int:
-        """Tell the engine that these tensors, or rows of them, lie in the file. Returns what `bucket_loaded` needs."""
-        call = self._open()
+        """Tell the engine that these tensors, or rows of them, lie in the file; where it has no part in the trainer's
+        file, `data` are the bytes from the first offset on. Returns what `bucket_loaded` needs."""
+        call, deadline = self._open(), time.monotonic() + deadline_s
+        for start in range(0, 0 if data is None else len(data), _PART_BYTES):
+            assert data is not None
+            part = m.WeightBytes(call, min(offsets) + start, data[start : start + _PART_BYTES])
+            self._send(part, max(0.001, deadline - time.monotonic()))
+        deadline_s = max(0.001, deadline - time.monotonic())
         columns = [tuple(column) for column in zip(*rows, strict=True)]
         self._send(m.LoadBucket(call, tuple(names), tuple(offsets), tuple(checksums), *columns), deadline_s)
         self._buckets.add(call)
@@ -130,6 +148,27 @@ class EngineClient:
         """Wait until the engine has read a bucket: its place in the file may be overwritten."""
         self._buckets.discard(call)
         self._answer(call, m.Done, deadline_s, "the end of its reading a bucket of weights")
+
+    def join_update(self, how: str, *, deadline_s: float) -> int:
+        """Have the engine join an NCCL group, which all its members have to do at once. See `joined`."""
+        call = self._open()
+        self._send(m.JoinUpdate(call, how), deadline_s)
+        return call
+
+    def joined(self, call: int, *, deadline_s: float) -> None:
+        self._answer(call, m.Done, deadline_s, "its joining the group that weights travel in")
+
+    def sleep(self, *, deadline_s: float) -> None:
+        """Have the engine give its GPU's memory back; nothing may be unfinished."""
+        call = self._open()
+        self._send(m.Sleep(call), deadline_s)
+        self._answer(call, m.Done, deadline_s, "its going to sleep")
+
+    def wake(self, what: str, *, deadline_s: float) -> None:
+        """Have it take memory for its "weights", or its "kv_cache", again."""
+        call = self._open()
+        self._send(m.Wake(call, what), deadline_s)
+        self._answer(call, m.Done, deadline_s, "its waking up")
 
     def finish_update(self, version: int, *, deadline_s: float) -> None:
         call = self._open()

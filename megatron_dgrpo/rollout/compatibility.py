@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_dgrpo.rollout.messages import EngineInfo
+from megatron_dgrpo.rollout.transports import Choice, Side, choose, side_of
 
 _SHM = "/dev/shm"
 
@@ -28,10 +29,21 @@ class Expected:
     max_model_len: int
     dtype: str
     vllm_version: str | None  # None where the run's own environment has no vLLM
+    trainer: Side
+    transport: str = "auto"
+    placement: str = "separate"
 
 
-def expected(setting: str, model_path: str, vocab_size: int, max_model_len: int, dtype: str) -> Expected:
-    return Expected(setting, architecture(model_path), vocab_size, max_model_len, dtype, vllm_version())
+def this_side(platform: str | None = None, gpus: tuple[str, ...] | None = None) -> Side:
+    """The trainer's. Who starts its ranks does not know their devices."""
+    conf = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or ""
+    expandable = "expandable_segments:true" in conf.replace(" ", "").lower()
+    return Side(shared_memory(), platform, gpus, vllm_version(), expandable)
+
+
+def transport(run: Expected, engine: str, info: EngineInfo) -> Choice:
+    """How this engine gets its weights."""
+    return choose(run.setting, engine, run.transport, run.placement, run.trainer, side_of(info))
 
 
 def architecture(model_path: str) -> str:
@@ -81,12 +93,7 @@ def differences(run: Expected, engine: str, info: EngineInfo) -> list[str]:
             f"{engine} runs vLLM {version}; the run's environment has {run.vllm_version}: install one version on both "
             "sides"
         )
-    if info.shared_memory != shared_memory():
-        problems.append(
-            f"{engine} does not see this machine's {_SHM}, through which it gets its weights: start it on this machine "
-            "(with the same /dev/shm, where containers are used), or let the run start it (without addresses)"
-        )
-    return problems
+    return problems + list(transport(run, engine, info).problems)
 
 
 _ALIKE = ("vocab_size", "max_model_len", "dtype", "vllm_version", "block_size")

@@ -28,9 +28,18 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from megatron_dgrpo.errors import RolloutError, TransferError
-from megatron_dgrpo.rollout import vllm_plugin, workers
+from megatron_dgrpo.rollout import sleeping, vllm_plugin, workers
 from megatron_dgrpo.rollout.compatibility import architecture, shared_memory
-from megatron_dgrpo.rollout.messages import BeginUpdate, Completion, EngineInfo, GenerateRequest, LoadBucket
+from megatron_dgrpo.rollout.inbox import Inbox
+from megatron_dgrpo.rollout.messages import (
+    BeginUpdate,
+    Completion,
+    EngineInfo,
+    GenerateRequest,
+    JoinUpdate,
+    LoadBucket,
+    WeightBytes,
+)
 
 _MIN_BATCHED_TOKENS = 8192
 """Prompt tokens computed at a time, unless the context is longer or prompts are computed in pieces."""
@@ -52,6 +61,7 @@ class Engine:
         tp: int = 1,
         chunked_prefill: int | None = None,
         deterministic: bool = False,
+        sleeps: bool = False,
         hf_overrides: dict[str, Any] | None = None,
     ) -> None:
         torch.set_num_threads(threads)  # vLLM's CPU worker makes this call a no-op from there on
@@ -80,6 +90,7 @@ class Engine:
                 enforce_eager=current_platform.is_cpu(),
                 weight_transfer_config=WeightTransferConfig(backend=vllm_plugin.BACKEND),
                 disable_log_stats=True,
+                enable_sleep_mode=sleeps,
             )
         )
         self.model_config = self.llm.vllm_config.model_config
@@ -89,6 +100,9 @@ class Engine:
         self.weight_version = 0
         self._mixed = False  # weights of two versions, or blocks of the prefix cache that others computed
         self._updating = False
+        self._inbox: Inbox | None = None
+        self._asleep: set[str] = set()  # what of the engine has no memory
+        self._gpus = sleeping.gpus(self.llm)
         self._unfinished: dict[str, tuple[GenerateRequest, int]] = {}
         self.llm.set_weight_version("0")
         self._warm_up()
@@ -107,6 +121,10 @@ class Engine:
             whole=self.whole,
             shared_memory=shared_memory(),
             num_unfinished=self.num_unfinished,
+            platform=current_platform.device_type,
+            gpus=self._gpus,
+            can_sleep=self.model_config.enable_sleep_mode,
+            sleeping=bool(self._asleep),
         )
 
     # ---- generation ----
@@ -195,7 +213,7 @@ class Engine:
     @property
     def whole(self) -> bool:
         """Whether every weight is of `weight_version`, and no update is under way that could change that."""
-        return not (self._mixed or self._updating)
+        return not (self._mixed or self._updating or self._asleep)
 
     def begin_update(self, message: BeginUpdate) -> None:
         """Check the manifest, and change nothing yet: an update that is given up now leaves the engine as it was."""
@@ -204,19 +222,40 @@ class Engine:
                 f"{self.num_unfinished} samples are unfinished: wait for them or cancel them before an update"
             )
         self.abandon_update()
-        workers.ask(
-            self.llm,
-            "init_weight_transfer_engine",
-            init_info={
-                "path": message.path,
-                "num_bytes": message.num_bytes,
-                "names": [t.name for t in message.tensors],
-                "shapes": [list(t.shape) for t in message.tensors],
-                "dtypes": [t.dtype for t in message.tensors],
-            },
-        )
+        if "weights" in self._asleep:
+            raise TransferError("The engine sleeps, and has no memory for weights: wake it before an update")
+        inbox = Inbox(message) if message.source == "wire" else None
+        init_info = {
+            "path": inbox.path if inbox else message.path,
+            "num_bytes": message.num_bytes,
+            "names": [t.name for t in message.tensors],
+            "shapes": [list(t.shape) for t in message.tensors],
+            "dtypes": [t.dtype for t in message.tensors],
+            "source": "file" if inbox else message.source,
+        }
+        try:
+            workers.ask(self.llm, "init_weight_transfer_engine", init_info=init_info)
+        finally:
+            if inbox:
+                inbox.unlink()
         workers.ask(self.llm, "start_weight_update")
-        self._updating = True
+        self._updating, self._inbox = True, inbox
+
+    def join_update(self, message: JoinUpdate) -> None:
+        self._in_update()
+        self._load({"join": message.how})
+
+    def take_bytes(self, message: WeightBytes) -> None:
+        if not self._updating:
+            return  # of an update that has failed: the bucket that follows is refused
+        if self._inbox is None:
+            raise TransferError("Weights came over the connection, and this update's lie elsewhere")
+        self._mixed = True  # a client that stops here has begun
+        try:
+            self._inbox.put(message)
+        except TransferError:
+            self.abandon_update()
+            raise
 
     def load_bucket(self, message: LoadBucket) -> None:
         self._in_update()
@@ -227,7 +266,12 @@ class Engine:
             "rows": list(zip(message.starts, message.stops, strict=True)),
         }
         self._mixed = True
+        self._load(update_info, message)
+
+    def _load(self, update_info: dict[str, Any], bucket: LoadBucket | None = None) -> None:
         try:
+            if self._inbox is not None and bucket is not None:
+                self._inbox.check(bucket)
             workers.ask(self.llm, "update_weights", update_info=update_info)
         except TransferError:
             self.abandon_update()  # vLLM has ended it only in those workers that failed
@@ -240,7 +284,7 @@ class Engine:
         except Exception:
             self.abandon_update()
             raise
-        self._updating = False
+        self._updating, self._inbox = False, None
         self._reset_prefix_cache()
         self.llm.set_weight_version(str(version))
         self.weight_version, self._mixed = version, False
@@ -248,9 +292,24 @@ class Engine:
     def abandon_update(self) -> None:
         """End an update that is under way, if one is. If it has loaded anything, another makes the engine whole."""
         if self._updating:
-            self._updating = False
+            self._updating, self._inbox = False, None
             with contextlib.suppress(TransferError):  # failing is how it is done
                 workers.ask(self.llm, "update_weights", update_info={"abandon": True})
+
+    def sleep(self) -> None:
+        """Give the GPU's memory back. Weights and prefix cache are lost, so an update has to follow."""
+        if self.num_unfinished:
+            raise RolloutError(f"{self.num_unfinished} samples are unfinished: wait for them or cancel them")
+        self.abandon_update()
+        if not self._asleep:
+            self._mixed = True
+            sleeping.sleep(self.llm)
+            self._asleep = {"weights", "kv_cache"}
+
+    def wake(self, what: str) -> None:
+        if what in self._asleep:
+            sleeping.wake(self.llm, what)
+            self._asleep.discard(what)
 
     def _in_update(self) -> None:
         if not self._updating:

@@ -49,6 +49,7 @@ def serve(
     tp: int = 1,
     chunked_prefill: int | None = None,
     deterministic: bool = False,
+    sleeps: bool = False,
     hf_overrides: dict[str, Any] | None = None,
 ) -> None:
     """Load a model, listen, serve until the last owner has gone."""
@@ -71,6 +72,7 @@ def serve(
             tp=tp,
             chunked_prefill=chunked_prefill,
             deterministic=deterministic,
+            sleeps=sleeps,
             hf_overrides=hf_overrides,
         )
     except ValueError as error:  # vLLM's way to refuse settings
@@ -79,6 +81,8 @@ def serve(
             f"max_num_seqs={max_num_seqs}, dtype={dtype}; if it lacks room, raise kv_cache_bytes or lower "
             f"max_model_len. In its words: {error}"
         ) from error
+    if sleeps:
+        engine.sleep()  # until it is first given weights, the GPU is the student's
     server = Server(address, key)
     try:
         Host(engine, server).run()
@@ -151,7 +155,10 @@ class Host:
             case m.Cancel():
                 self._waiting = [(p, g) for p, g in self._waiting if p is not peer or g.call != message.call]
                 self._abort([i for i, s in self._samples.items() if s.peer is peer and s.call == message.call])
-            case m.BeginUpdate() | m.LoadBucket() | m.FinishUpdate() | m.AbandonUpdate():
+            case (
+                m.BeginUpdate() | m.JoinUpdate() | m.WeightBytes() | m.LoadBucket() | m.FinishUpdate()
+                | m.AbandonUpdate() | m.Sleep() | m.Wake()
+            ):  # fmt: skip
                 self._update(peer, message)
             case m.Shutdown():
                 self._done = True
@@ -206,19 +213,28 @@ class Host:
             match message:
                 case m.BeginUpdate():
                     self.engine.begin_update(message)
+                case m.JoinUpdate():
+                    self.engine.join_update(message)
+                case m.WeightBytes():
+                    self.engine.take_bytes(message)
+                    return
                 case m.LoadBucket():
                     self.engine.load_bucket(message)
                 case m.FinishUpdate():
                     self.engine.finish_update(message.version)
                 case m.AbandonUpdate():
                     self.engine.abandon_update()
+                case m.Sleep():
+                    self.engine.sleep()
+                case m.Wake():
+                    self.engine.wake(message.what)
         except Exception as error:  # of whatever kind: the engine stays, and refuses to generate until it is whole
             known = isinstance(error, TransferError | RolloutError)
             text = str(error) if known else f"{type(error).__name__}: {error}"
             self._fail(peer, message.call, "busy" if isinstance(error, RolloutError) else "transfer", text)
             self._updater = None
             return
-        if isinstance(message, m.FinishUpdate | m.AbandonUpdate):
+        if isinstance(message, m.FinishUpdate | m.AbandonUpdate | m.Sleep | m.Wake):
             self._updater = None
         self.server.send(peer, m.Done(message.call))
 

@@ -41,6 +41,10 @@ class EngineInfo:
     whole: bool  # False from the first byte of an update until it is finished
     shared_memory: str  # see `compatibility.shared_memory`
     num_unfinished: int  # samples that are waiting or being generated
+    platform: str = "cpu"  # or "cuda"
+    gpus: tuple[str, ...] = ()  # the UUID of each rank's
+    can_sleep: bool = False
+    sleeping: bool = False  # it has given its GPU's memory back
 
 
 @register
@@ -218,13 +222,33 @@ class TensorSpec:
 @register
 @dataclass(frozen=True)
 class BeginUpdate:
-    """Announces every tensor of the new version, and the file that their buckets will lie in."""
+    """Announces every tensor of the new version, and where their buckets will lie."""
 
     call: int
     version: int
     tensors: tuple[TensorSpec, ...]
-    path: str
+    path: str  # of the file; what else a source needs, as JSON
     num_bytes: int
+    source: str = "file"  # "wire": a file of the host's own, filled by WeightBytes; "ipc", "nccl": memory of GPUs
+
+
+@register
+@dataclass(frozen=True)
+class JoinUpdate:
+    """Become a member of the NCCL group that the buckets of this update travel in."""
+
+    call: int
+    how: str  # JSON
+
+
+@register
+@dataclass(frozen=True)
+class WeightBytes:
+    """A part of a bucket, which has the same call. Parts come one after another, and are not answered."""
+
+    call: int
+    offset: int
+    data: np.ndarray  # uint8 [n]
 
 
 @register
@@ -245,6 +269,23 @@ class LoadBucket:
 class FinishUpdate:
     call: int
     version: int
+
+
+@register
+@dataclass(frozen=True)
+class Sleep:
+    """Give all memory of the GPU back; weights are lost."""
+
+    call: int
+
+
+@register
+@dataclass(frozen=True)
+class Wake:
+    """Take memory for weights again, which an update then fills; or for keys and values, once weights are whole."""
+
+    call: int
+    what: str  # "weights" or "kv_cache"
 
 
 @register

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from megatron_dgrpo.errors import RolloutError, listing
 from megatron_dgrpo.rollout.batch import Batch
 from megatron_dgrpo.rollout.client import EngineClient
-from megatron_dgrpo.rollout.compatibility import Expected, between_replicas, differences
+from megatron_dgrpo.rollout.compatibility import Expected, between_replicas, differences, transport
 from megatron_dgrpo.rollout.control import Control
 from megatron_dgrpo.rollout.messages import EngineInfo, GenerateRequest
 from megatron_dgrpo.rollout.wire import ConnectionLost
@@ -35,6 +35,8 @@ class Replica:
         self.info: EngineInfo | None = None
         self.fresh = True
         """Whether it has weights of its own making."""
+        self.transport = ""
+        """How it gets others; see `transports`."""
         self._key, self._control = key, control
 
     @property
@@ -125,6 +127,13 @@ class Pool:
         for replica in replicas:
             replica.fresh = False
 
+    def sleep(self) -> None:
+        """Have all replicas give their GPUs' memory back; they have to be given weights before they serve again."""
+        for replica in self.replicas:
+            if replica.serves and replica.client is not None:
+                replica.client.sleep(deadline_s=self.hang_timeout_s)
+                replica.fresh = True
+
     def check(self) -> list[str]:
         """Names of connected replicas that are found dead or hanging; they are given up."""
         lost = []
@@ -144,6 +153,7 @@ class Pool:
         assert replica.info is not None and replica.client is not None
         others = [(r.name, r.info) for r in self.replicas if r.info is not None and r.connected]
         problems = differences(self._expected, replica.name, replica.info) + between_replicas(others)
+        replica.transport = transport(self._expected, replica.name, replica.info).transport or ""
         if problems:
             replica.client.close()
             raise RolloutError(listing(f"The engine {self.name} is not the one that this run needs:", problems))

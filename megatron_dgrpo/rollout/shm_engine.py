@@ -42,6 +42,8 @@ class SharedMemoryInit(WeightTransferInitInfo):
     names: list[str]
     shapes: list[list[int]]
     dtypes: list[str]
+    source: str = "file"
+    """Of `BeginUpdate`."""
 
 
 @dataclass
@@ -91,19 +93,8 @@ class SharedMemoryWeightTransferEngine(WeightTransferEngine[SharedMemoryInit, Sh
             raise TransferError(
                 listing(f"The weights offered do not fit the engine's model, {self.model_config.model}:", problems)
             )
-        try:
-            descriptor = os.open(init_info.path, os.O_RDWR | os.O_NOFOLLOW)
-        except OSError as error:
-            raise TransferError(
-                f"The engine cannot open {init_info.path} ({error.strerror}): it must be on the trainer's node"
-            ) from None
-        try:
-            if os.fstat(descriptor).st_size < init_info.num_bytes:
-                raise TransferError(f"{init_info.path} has fewer than the {init_info.num_bytes} bytes announced")
-            self._unmap()
-            self._mapped = map_shared(descriptor, init_info.num_bytes)
-        finally:
-            os.close(descriptor)
+        self._unmap()
+        self._map(init_info)
         manifest = {
             name: (tuple(shape), getattr(torch, dtype))
             for name, shape, dtype in zip(init_info.names, init_info.shapes, init_info.dtypes, strict=True)
@@ -115,7 +106,7 @@ class SharedMemoryWeightTransferEngine(WeightTransferEngine[SharedMemoryInit, Sh
         self._manifest = manifest
 
     def start_weight_update(self) -> None:
-        if self._mapped is None:
+        if not self._manifest:
             raise TransferError("An update was started before its manifest was given")
         self._next_row = dict.fromkeys(self._manifest, 0)
         self.copied_bytes = 0
@@ -128,8 +119,7 @@ class SharedMemoryWeightTransferEngine(WeightTransferEngine[SharedMemoryInit, Sh
         unknown = [name for name in info.names if name not in self._next_row]
         if unknown:
             raise TransferError(listing("These tensors were not announced, or came before:", unknown))
-        assert self._mapped is not None
-        whole = torch.frombuffer(self._mapped, dtype=torch.uint8)
+        whole = self._buckets(info)
         rows = info.rows or [(0, rows_of(self._manifest[name][0])) for name in info.names]
         pieces = [
             (name, start, self._view(whole, name, start, stop, offset))
@@ -159,6 +149,29 @@ class SharedMemoryWeightTransferEngine(WeightTransferEngine[SharedMemoryInit, Sh
 
     def shutdown(self) -> None:
         self._unmap()
+
+    # ---- where the buckets lie ----
+
+    def _map(self, init_info: SharedMemoryInit) -> None:
+        if init_info.source != "file":
+            raise TransferError(f"Weights cannot come to this engine by {init_info.source!r}")
+        try:
+            descriptor = os.open(init_info.path, os.O_RDWR | os.O_NOFOLLOW)
+        except OSError as error:
+            raise TransferError(
+                f"The engine cannot open {init_info.path} ({error.strerror}): it must be on the trainer's node"
+            ) from None
+        try:
+            if os.fstat(descriptor).st_size < init_info.num_bytes:
+                raise TransferError(f"{init_info.path} has fewer than the {init_info.num_bytes} bytes announced")
+            self._mapped = map_shared(descriptor, init_info.num_bytes)
+        finally:
+            os.close(descriptor)
+
+    def _buckets(self, update_info: SharedMemoryUpdate) -> torch.Tensor:
+        """All bytes of the two buckets; those that the update names are those of the trainer."""
+        assert self._mapped is not None
+        return torch.frombuffer(self._mapped, dtype=torch.uint8)
 
     # ---- checks ----
 

@@ -38,9 +38,9 @@ from megatron_dgrpo.rollout.board import Board
 from megatron_dgrpo.rollout.boxes import Box, ShardReader, check_coverage
 from megatron_dgrpo.rollout.buckets import NUM_SLOTS, Bucket, Piece, Plan, map_shared, piece_shape, plan_buckets
 from megatron_dgrpo.rollout.checksum import MODULUS, partial_checksum
-from megatron_dgrpo.rollout.client import EngineClient
 from megatron_dgrpo.rollout.links import Links
 from megatron_dgrpo.rollout.messages import TensorSpec
+from megatron_dgrpo.rollout.transports import Receiver
 
 _SHM = "/dev/shm"
 Wrote = tuple[list[tuple[int, Box]], list[int]]
@@ -55,7 +55,7 @@ def push_weights(
     store: Store,
     rank: int,
     num_ranks: int,
-    clients: Sequence[EngineClient] = (),
+    clients: Sequence[Receiver] = (),
     bucket_bytes: int,
     shm_prefix: str,
     deadline_s: float,
@@ -94,7 +94,7 @@ class _Push:
         manifest: Sequence[WeightSpec],
         board: Board,
         links: Links,
-        clients: Sequence[EngineClient],
+        clients: Sequence[Receiver],
         checksums: bool,
     ) -> None:
         self.plan, self.manifest, self.board, self.links = plan, manifest, board, links
@@ -173,7 +173,7 @@ class _Push:
                 self.links.await_freed(num_read, f"the engines to read bucket {num_read - 1}")
             wrote = self._write(bucket, shards)
             if self.board.rank == 0:
-                self._announce(number, bucket, wrote)
+                self._tell(bucket, self._whole(number, bucket, wrote))
             else:
                 self.links.send(wrote)
         shards.expect_end()
@@ -204,16 +204,27 @@ class _Push:
 
     # ---- rank 0 and the engines ----
 
-    def _announce(self, number: int, bucket: Bucket, own: Wrote) -> None:
-        """When all ranks have written a bucket whole, the engines may load it; nobody waits for them yet."""
-        others = self.links.collect(f"all ranks to write bucket {number}")
+    def _others(self, number: int, bucket: Bucket) -> list[Wrote]:
+        """What the other ranks wrote of a bucket, once all of them have."""
+        return self.links.collect(f"all ranks to write bucket {number}")
+
+    def _free(self) -> None:
+        """One more bucket's place may be written again."""
+        self.links.free()
+
+    def _whole(self, number: int, bucket: Bucket, own: Wrote) -> list[int]:
+        """Wait until all ranks have written a bucket, and check that it is whole; returns the tensors' checksums."""
+        others = self._others(number, bucket)
         self._unlink()  # every rank has mapped the file, or it could not have written
         wrote = [own, *others]
         check_coverage(self.manifest, bucket.pieces, [boxes for boxes, _ in wrote])
+        return [sum(parts) % MODULUS for parts in zip(*[sums for _, sums in wrote], strict=True)]
+
+    def _tell(self, bucket: Bucket, sums: list[int]) -> None:
+        """The engines may load a bucket; nobody waits for them yet."""
         names = [self.manifest[piece.index].hf_name for piece in bucket.pieces]
         offsets = [piece.offset for piece in bucket.pieces]
         rows = [(piece.start, piece.stop) for piece in bucket.pieces]
-        sums = [sum(parts) % MODULUS for parts in zip(*[sums for _, sums in wrote], strict=True)]
         left = self.board.left()
         sums = sums if self.checksums else []
         self.asked.append([c.load_bucket(names, offsets, sums, rows, deadline_s=left) for c in self.clients])
@@ -223,7 +234,7 @@ class _Push:
             for client, call in zip(self.clients, self.asked[self.num_loaded_rounds], strict=True):
                 client.bucket_loaded(call, deadline_s=self.board.left())
             self.num_loaded_rounds += 1
-            self.links.free()
+            self._free()
 
     def finish(self, version: int) -> None:
         if self.board.rank != 0:

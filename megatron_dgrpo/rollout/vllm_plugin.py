@@ -31,7 +31,7 @@ def register() -> None:
 
     if BACKEND not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(
-            BACKEND, "megatron_dgrpo.rollout.shm_engine", "SharedMemoryWeightTransferEngine"
+            BACKEND, "megatron_dgrpo.rollout.device_engine", "DeviceWeightTransferEngine"
         )
     if os.environ.get(HOST_ENV) == "1":
         _keep_linear_weights_plain()

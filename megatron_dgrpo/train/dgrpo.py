@@ -106,6 +106,7 @@ def _prepared(
 ) -> list[Work]:
     """What to train on of a chunk, packed and taught."""
     first = not any(tally.samples)
+    run.rest(stage.engine)
     with phases("pack"):
         shares = tally.shares(run, chunk)
         work = [_work(run, stage, tally, members, factors, step) for members in shares]

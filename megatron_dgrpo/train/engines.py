@@ -7,9 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from megatron_dgrpo.config.schema import Config
 from megatron_dgrpo.errors import RolloutError
 from megatron_dgrpo.launch.engines import expected_engine, host_names
+from megatron_dgrpo.rollout.compatibility import this_side
 from megatron_dgrpo.rollout.control import Control
 from megatron_dgrpo.rollout.keys import read_key
 from megatron_dgrpo.rollout.pool import Pool, Replica
+from megatron_dgrpo.rollout.transports import Side
 
 
 class Engines:
@@ -22,6 +24,8 @@ class Engines:
         self.restore: Callable[[str], None] = _nobody_restores
         """Gives those replicas of an engine that were started again the current weights."""
         self.note: Callable[[str], None] = print
+        self.trainer: Callable[[], Side] = this_side
+        """What the student's ranks are to their engines."""
 
     def client(self, name: str) -> Pool:
         if name not in self._pools:
@@ -29,7 +33,7 @@ class Engines:
             self._pools[name] = Pool(
                 name,
                 self._replicas(name),
-                expected_engine(self._config, name),
+                expected_engine(self._config, name, self.trainer()),
                 start_timeout_s=settings.start_timeout_s,
                 hang_timeout_s=settings.hang_timeout_s,
                 restore=lambda: self.restore(name),

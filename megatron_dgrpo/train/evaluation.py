@@ -35,6 +35,7 @@ def evaluate(run: Run, stage: int, step: int) -> float | None:
         what="evaluate",
     )
     trajectories = collect(run, asked, phases)
+    run.rest(settings.engine)
     if not trajectories:  # not rank 0, which reports
         return None
     rewards_B = totals(trajectories, settings.rewards)

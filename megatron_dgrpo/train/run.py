@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -36,15 +36,16 @@ from megatron_dgrpo.packing.limits import Limits, keep_fitting
 from megatron_dgrpo.packing.pack import Packing
 from megatron_dgrpo.packing.trajectory import Trajectory
 from megatron_dgrpo.packing.trees import Tree
+from megatron_dgrpo.parallel import platform
 from megatron_dgrpo.parallel.groups import Groups
 from megatron_dgrpo.rewards.base import Sample
 from megatron_dgrpo.rewards.compose import Settled, settle
 from megatron_dgrpo.rewards.pool import RewardPool
 from megatron_dgrpo.rollout.board import Board as StoreBoard
+from megatron_dgrpo.rollout.delivery import deliver, tell_gpu, trainer_side
 from megatron_dgrpo.rollout.journal import Journal
 from megatron_dgrpo.rollout.messages import Chunk, WeightsWanted
 from megatron_dgrpo.rollout.pool import Pool
-from megatron_dgrpo.rollout.transfer import push_weights
 from megatron_dgrpo.teacher.frozen import FrozenTeacher, load_teacher
 from megatron_dgrpo.train.announcements import Announcements
 from megatron_dgrpo.train.engines import Engines
@@ -81,6 +82,9 @@ class Run:
         self._announcements = Announcements(self.store)
         if self.engines is not None:
             self.engines.restore, self.engines.note = self._restore, self.note
+            self.engines.trainer = lambda: trainer_side(self.store, self.groups.grid.ranks, platform.device())
+        if self.student is not None:
+            tell_gpu(self.store, self.rank, platform.device())
 
     @property
     def rank(self) -> int:
@@ -185,6 +189,12 @@ class Run:
             self._give(engine, everywhere=True)
         self.versions[engine] = self.version
 
+    def rest(self, engine: str) -> None:
+        """A colocated engine has generated what is trained on now: the GPUs are the student's until the next sync."""
+        if self.config.engines[engine].placement == "colocated" and self.versions.pop(engine, None) is not None:
+            if self.engines is not None:
+                self.engines.client(engine).sleep()
+
     def _restore(self, engine: str) -> None:
         """On rank 0, in the middle of a batch: have all ranks give the replicas that were lost the batch's weights."""
         if self.versions.get(engine) != self.version:
@@ -205,14 +215,14 @@ class Run:
             pool = self.engines.client(engine) if self.engines else None
             targets = pool.targets(everywhere=everywhere) if pool else []
             try:
-                push_weights(
-                    export_shards(self.student.decoder, dtype),
+                deliver(
+                    partial(export_shards, self.student.decoder, dtype),
                     manifest(self.student.decoder.spec, dtype),
                     version=self.version,
                     store=dist.PrefixStore(f"weights/{engine}", self.store),
-                    rank=self.rank,
-                    num_ranks=self.groups.grid.size,
-                    clients=[replica.client for replica in targets if replica.client],
+                    group=self.groups.world,
+                    device=platform.device(),
+                    targets=targets,
                     bucket_bytes=settings.bucket_bytes,
                     checksums=settings.checksums,
                     shm_prefix=self.shm_prefix,

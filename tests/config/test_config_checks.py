@@ -99,6 +99,20 @@ def test_engines_at_addresses_have_a_key_and_replicas_of_their_own() -> None:
     ]
 
 
+def test_placements_and_transports_of_engines() -> None:
+    place, way = "engines.main.placement", "engines.main.transport"
+    for fine in ((place, "colocated"), (way, "nccl"), (way, "wire"), (way, "shared_memory")):
+        assert problems(spoilt(fine)) == []
+    assert only((way, "ipc")).startswith("engines.main.transport: ipc maps the memory of GPUs that trainer and engine")
+    assert only((way, "nccl"), (place, "colocated")).endswith("transport=ipc, or engines.main.placement=separate")
+    (path,) = [f"stages.{i}" for i, stage in enumerate(data()["stages"]) if stage["kind"] == "dgrpo"]
+    periodic = (f"{path}.schedule", {"kind": "periodic", "chunk_groups": 4})
+    assert problems(spoilt(periodic)) == []
+    assert only(periodic, (place, "colocated")).startswith(
+        f"{path}.schedule: a periodic schedule trains while the engine"
+    )
+
+
 def test_layouts() -> None:
     assert only(("models.small.layout", {"sequence_parallel": True}), ("models.large.layout", {})).startswith(
         "models.small.layout.sequence_parallel: needs tensor parallelism; set models.small.layout.tp=2"

@@ -155,13 +155,13 @@ class Host:
 
 @contextlib.contextmanager
 def engine_host(
-    folder: str, *, target: str = "megatron_dgrpo.rollout.host:serve", **settings: object
+    folder: str, *, address: str = "", target: str = "megatron_dgrpo.rollout.host:serve", **settings: object
 ) -> Iterator[Host]:
     """A host in a process of its own, and the client that owns it."""
     server = session_nursery("engine")
     server.wait_ready()
     home = Path(tempfile.mkdtemp(prefix="dgrpo-host-"))
-    address, key = f"unix:{home}/engine", secrets.token_hex(32)
+    address, key = address or f"unix:{home}/engine", secrets.token_hex(32)
     args = dict(
         address=address,
         key=key,

@@ -8,11 +8,18 @@ from pathlib import Path
 import pytest
 
 from megatron_dgrpo.errors import ConfigError
-from megatron_dgrpo.rollout.compatibility import Expected, between_replicas, differences, shared_memory, vllm_version
+from megatron_dgrpo.rollout.compatibility import (
+    Expected,
+    between_replicas,
+    differences,
+    shared_memory,
+    this_side,
+    vllm_version,
+)
 from megatron_dgrpo.rollout.keys import read_key
 from megatron_dgrpo.rollout.messages import EngineInfo
 
-RUN = Expected("engines.main", "Qwen3ForCausalLM", 161, 512, "float32", "0.32.0")
+RUN = Expected("engines.main", "Qwen3ForCausalLM", 161, 512, "float32", "0.32.0", this_side("cpu", ()), "shared_memory")
 INFO = EngineInfo(
     pid=1,
     model_path="models/student",
