@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_dgrpo.config.schema import Adam, Layout, Objective
+from megatron_dgrpo.config.schema import Adam, Objective
 from megatron_dgrpo.packing.trajectory import Segment, Trajectory
 from megatron_dgrpo.testing import run_distributed
 from megatron_dgrpo.testing.gradients import (
