@@ -166,10 +166,16 @@ def test_a_rank_that_ends_late_does_not_make_a_failure_of_a_good_run(files: Path
     config |= {"stages": config["stages"][:1], "teachers": []}
     done = tmp_path / "run/hf"
 
+    held: list[int] = []
+
     def hold_rank1_back() -> None:
-        _wait(done.exists, 120, "nothing was exported")
+        _wait(lambda: _named(_descendants(os.getpid()), "rank1"), 120, "rank 1 was not started")
         (rank1,) = _named(_descendants(os.getpid()), "rank1")
+        deadline = time.monotonic() + 120
+        while not done.exists() and time.monotonic() < deadline:
+            time.sleep(0.001)  # rank 1 ends soon after
         os.kill(rank1, signal.SIGSTOP)
+        held.append(rank1)
         time.sleep(4)
         os.kill(rank1, signal.SIGCONT)
 
@@ -177,6 +183,7 @@ def test_a_rank_that_ends_late_does_not_make_a_failure_of_a_good_run(files: Path
     holder.start()
     assert train(load(_write(tmp_path, config))) == 0
     holder.join()
+    assert held, "rank 1 had ended before it could be held back"
 
 
 # ---- ends that nobody wanted ----

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_loop import _config, _write, files  # noqa: F401
+from test_loop import _config, _write
 
 from megatron_dgrpo.config.loader import load
 from megatron_dgrpo.errors import LaunchError
@@ -16,7 +16,7 @@ from megatron_dgrpo.observe.metrics import read_metrics
 
 
 def test_a_mismatch_beyond_its_limits_warns_or_ends_the_run(
-    files: Path,  # noqa: F811
+    files: Path,
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
@@ -46,7 +46,7 @@ def _outcome(run_dir: Path) -> tuple[list[dict[str, Any]], dict[str, str]]:
     return records, hashes
 
 
-def test_two_runs_of_a_deterministic_config_are_the_same_to_the_bit(files: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_two_runs_of_a_deterministic_config_are_the_same_to_the_bit(files: Path, tmp_path: Path) -> None:
     """With evaluations between the steps, sampled tokens, a teacher, two updates a batch, a correction that acts."""
     outcomes = []
     for name in ("first", "second"):
