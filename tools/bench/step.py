@@ -47,7 +47,8 @@ from megatron_dgrpo.testing.tiny import save_tiny_qwen3, save_tokenizer
 
 MODEL = {"hidden": 128, "layers": 4, "heads": 4, "kv_heads": 2, "intermediate": 384}
 LR, CLIP, WORDS = 1e-5, 0.2, 500
-CASES = ("tree", "trl", "trl, rows", "trl, rows, one by one")
+OF_THE_TARGET = ("trl, rows", "trl, rows, one by one")
+CASES = ("tree", *OF_THE_TARGET, "trl")
 
 
 def rollouts(prompt: int, response: int, size: int) -> tuple[list[int], list[list[int]], list[float]]:
@@ -285,7 +286,7 @@ def against(
     report: Report, values: dict[str, Any], found: dict[str, dict[str, Any]], prediction: float, *, timed: bool
 ) -> None:
     ours = found["tree"]
-    peers = [found[case] for case in CASES[2:] if "error" not in found[case]]
+    peers = [found[case] for case in OF_THE_TARGET if "error" not in found[case]]
     if not peers or "error" in ours:
         report.line("time of the update: TRL to ours", **values, target=0.8, error="not measured")
         return
