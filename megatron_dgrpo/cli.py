@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_dgrpo import __version__
-from megatron_dgrpo.errors import DGRPOError
+from megatron_dgrpo.errors import ConfigError, DGRPOError
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -20,7 +20,7 @@ HEAVY = ("torch", "megatron", "transformers", "tokenizers", "safetensors", "data
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     try:
         status: int = options.run(options)
         return status
@@ -36,6 +36,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"dgrpo {options.command}: interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """argparse takes what follows an option for no key=value, wherever it stands: `train CONFIG --dry-run seed=1`."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and (not hasattr(options, "overrides") or any(one.startswith("-") for one in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides += rest
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -57,7 +68,39 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "overrides", metavar="key=value", nargs="*", help="replace a setting: stages.0.steps=100, seed=1"
     )
+    train.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check everything, say what each rank would hold, write the resolved config, train nothing",
+    )
+    train.add_argument(
+        "--device-memory", metavar="SIZE", type=_size, help="dry run: memory of a device (80GiB), to compare with"
+    )
+    train.add_argument(
+        "--resolved", metavar="FILE", type=Path, help="dry run: where the resolved config goes (RUN_DIR.resolved.yaml)"
+    )
     train.set_defaults(run=_train)
+
+    generate = commands.add_parser(
+        "generate",
+        help="responses of a model, or of a run's model, to the prompts of a dataset",
+        description="Write responses as JSON lines: prompt, answer, response, finish reason.",
+    )
+    _trial_arguments(generate)
+    generate.add_argument("--out", metavar="FILE", type=Path, required=True, help="where the lines go")
+    generate.add_argument("--token-ids", action="store_true", help="with the ids of prompts and responses")
+    generate.add_argument("--logprobs", action="store_true", help="with the log-prob of each sampled token")
+    generate.set_defaults(run=_generate)
+
+    evaluate = commands.add_parser(
+        "eval",
+        help="mean reward of a model, or of a run's model, on a dataset",
+        description="Print avg@k with its standard error, and the mean of each reward.",
+    )
+    _trial_arguments(evaluate)
+    evaluate.add_argument("--json", metavar="FILE", type=Path, help="the figures as JSON, too")
+    evaluate.add_argument("--responses", metavar="FILE", type=Path, help="every response with its rewards, as lines")
+    evaluate.set_defaults(run=_eval)
 
     report = commands.add_parser(
         "report",
@@ -117,11 +160,68 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _trial_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="MODEL|RUN", type=Path, help="a model's folder, or a run's (run_dir)")
+    parser.add_argument(
+        "overrides",
+        metavar="key=value",
+        nargs="*",
+        help="settings of a config: evaluation.sampling.temperature=0.6, evaluation.rewards=[{kind: number}], "
+        "models.student.dtype=float32, engines.rollout.max_model_len=4096",
+    )
+    parser.add_argument("--data", metavar="FILE", help="rows (evaluation.data.path); a run's own where none is given")
+    parser.add_argument("--samples", type=int, default=1, metavar="K", help="responses to each prompt (%(default)s)")
+    parser.add_argument("--prompts", type=int, metavar="N", help="only the first N rows")
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from megatron_dgrpo.launch.trial import generate
+
+    return generate(
+        options.folder,
+        options.overrides,
+        data=options.data,
+        samples=options.samples,
+        prompts=options.prompts,
+        out=options.out,
+        token_ids=options.token_ids,
+        logprobs=options.logprobs,
+    )
+
+
+def _eval(options: argparse.Namespace) -> int:
+    from megatron_dgrpo.launch.trial import evaluate
+
+    return evaluate(
+        options.folder,
+        options.overrides,
+        data=options.data,
+        samples=options.samples,
+        prompts=options.prompts,
+        figures=options.json,
+        responses=options.responses,
+    )
+
+
 def _train(options: argparse.Namespace) -> int:
     from megatron_dgrpo.config.loader import load
+
+    config = load(options.config, options.overrides)
+    if options.dry_run:
+        from megatron_dgrpo.launch.dry_run import dry_run
+
+        return dry_run(config, device_memory=options.device_memory, resolved=options.resolved)
+    if options.device_memory is not None or options.resolved is not None:
+        raise ConfigError("--device-memory and --resolved belong to a dry run: add --dry-run, or leave them out")
     from megatron_dgrpo.launch.run import train
 
-    return train(load(options.config, options.overrides))
+    return train(config)
+
+
+def _size(text: str) -> int:
+    from megatron_dgrpo.launch.dry_run import parse_bytes
+
+    return parse_bytes(text)
 
 
 def _engine(options: argparse.Namespace) -> int:

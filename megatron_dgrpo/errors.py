@@ -33,6 +33,10 @@ class DataError(DGRPOError, ValueError):
     """A row, a sample or a sequence cannot be used."""
 
 
+class UnreachableError(DataError):
+    """A dataset of the hub cannot be reached from here."""
+
+
 class ObjectiveError(DGRPOError, ValueError):
     """The inputs of the objective are not ones it is defined for."""
 

@@ -47,12 +47,22 @@ def test_help_imports_no_torch() -> None:
         assert not set({HEAVY!r}) & sys.modules.keys()
     """)
     assert done.returncode == 0, done.stderr
-    for command in ("train", "engine", "demo", "doctor"):
+    for command in ("train", "generate", "eval", "report", "engine", "demo", "doctor"):
         assert command in done.stdout
 
 
 @pytest.mark.parametrize(
-    "module", ["config", "config.loader", "config.checks", "launch.doctor", "launch.engines", "launch.run"]
+    "module",
+    [
+        "config",
+        "config.loader",
+        "config.checks",
+        "launch.doctor",
+        "launch.dry_run",
+        "launch.engines",
+        "launch.run",
+        "launch.trial",
+    ],
 )
 def test_modules_of_the_base_install_work_without_torch(module: str) -> None:
     done = python(textwrap.dedent(REFUSE) + f"import megatron_dgrpo.{module}")
@@ -124,7 +134,15 @@ def test_a_missing_package_is_a_message_and_a_bug_is_not(
 
 
 def test_a_wrong_command_line_ends_with_2() -> None:
-    for arguments in (["fly"], ["train"], ["doctor", "--for", "nothing"], []):
+    for arguments in (
+        ["fly"],
+        ["train"],
+        ["doctor", "--for", "nothing"],
+        ["doctor", "seed=1"],
+        ["train", "c.yaml", "--dry-run", "--fast"],
+        ["train", "c.yaml", "--dry-run", "--device-memory", "eighty"],
+        [],
+    ):
         with pytest.raises(SystemExit) as end:
             cli.main(arguments)
         assert end.value.code == 2
@@ -133,3 +151,16 @@ def test_a_wrong_command_line_ends_with_2() -> None:
 def test_version() -> None:
     done = dgrpo("--version")
     assert done.returncode == 0 and done.stdout == f"dgrpo {__version__}\n"
+
+
+def test_overrides_may_follow_options(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("{}\n")
+    done = dgrpo("train", "run.yaml", "a.b=1", "--dry-run", "seed=-1", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "seed: -1 should be" in done.stderr and "a: unknown key" in done.stderr
+
+
+def test_a_dry_runs_options_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    example = Path(__file__).resolve().parents[1] / "examples/grpo.yaml"
+    assert cli.main(["train", str(example), "--device-memory", "80GiB"]) == 2
+    assert "add --dry-run" in capsys.readouterr().err

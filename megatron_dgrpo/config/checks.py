@@ -6,15 +6,14 @@ the dotted path and end with the remedy; `check` and `check_files` raise them as
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_dgrpo.config import stages
+from megatron_dgrpo.config import layouts, stages
 from megatron_dgrpo.config.data import ROW_FILES, SAVED_DATASET, Dataset
 from megatron_dgrpo.config.data import problems as data_problems
 from megatron_dgrpo.config.explain import nearest
@@ -23,6 +22,7 @@ from megatron_dgrpo.config.objective import problems as objective_problems
 from megatron_dgrpo.config.schema import SFT, Config, Engine
 from megatron_dgrpo.config.stages import dgrpo_stages, samplers
 from megatron_dgrpo.config.trackers import missing_packages
+from megatron_dgrpo.config.vocabularies import TOKENIZER_FILES, read_json, tokenizers
 from megatron_dgrpo.errors import ConfigError, listing
 
 _ADDRESS = re.compile(r"tcp:(\[[0-9a-fA-F:.]+\]|[^\s:]+):\d{1,5}|unix:/\S+")
@@ -33,24 +33,27 @@ def check(config: Config) -> None:
     _raise("The config contradicts itself:", problems(config))
 
 
-def check_files(config: Config) -> None:
-    """Raise everything that is contradictory in a config or wrong with the files that it names."""
-    _raise("The config cannot be run as it is:", problems(config) + file_problems(config))
+def check_files(config: Config, *, config_json_alone: Collection[str] = ()) -> None:
+    """Raise everything that is contradictory in a config or wrong with the files that it names. Of some models it may
+    be that nothing but config.json is there."""
+    found = problems(config) + file_problems(config, config_json_alone=config_json_alone)
+    _raise("The config cannot be run as it is:", found)
 
 
 def problems(config: Config) -> list[str]:
     """What is contradictory; touches nothing outside the config."""
     rules: tuple[Callable[[Config], Iterator[str]], ...] = (
-        _numbers, _model_names, _layouts, _teachers, _engines, _data, _objectives, stages.rewards, stages.batches,
-        stages.schedules, stages.lengths, stages.shaping,
+        _numbers, _model_names, layouts.problems, _teachers, _engines, _data, _objectives, stages.rewards,
+        stages.batches, stages.schedules, stages.lengths, stages.shaping,
     )  # fmt: skip
     return [problem for rule in rules for problem in rule(config)]
 
 
-def file_problems(config: Config) -> list[str]:
+def file_problems(config: Config, *, config_json_alone: Collection[str] = ()) -> list[str]:
     """What is wrong on the disk. Relative paths are relative to the current folder."""
     rules: tuple[Callable[[Config], Iterator[str]], ...] = (
-        _model_folders, _tokenizers, _datasets, _run_dir, lambda config: missing_packages(config.trackers),
+        lambda config: _model_folders(config, config_json_alone), tokenizers, _datasets, _run_dir,
+        lambda config: missing_packages(config.trackers),
     )  # fmt: skip
     return [problem for rule in rules for problem in rule(config)]
 
@@ -93,32 +96,6 @@ def _model_names(config: Config) -> Iterator[str]:
     for path, name in named:
         if name not in config.models:
             yield f"{path}: no model is called {name!r}{nearest(name, config.models)}"
-
-
-def _layouts(config: Config) -> Iterator[str]:
-    """What holds for any model; what a model's own sizes rule out is found when its config.json is read."""
-    for name, model in config.models.items():
-        where, layout = f"models.{name}", model.layout
-        if layout.sequence_parallel and layout.tp == 1:
-            yield (
-                f"{where}.layout.sequence_parallel: needs tensor parallelism; set {where}.layout.tp=2 or "
-                f"more, or {where}.layout.sequence_parallel=false"
-            )
-        if layout.vpp > 1 and layout.pp == 1:
-            yield (
-                f"{where}.layout.vpp: {layout.vpp} parts of a pipeline stage, and there is no pipeline; set "
-                f"{where}.layout.pp=2 or more, or {where}.layout.vpp=1"
-            )
-        if layout.tp * layout.cp * layout.dp % (layout.etp * layout.ep):
-            yield (
-                f"{where}.layout.ep: etp x ep = {layout.etp * layout.ep} does not divide tp x cp x dp = "
-                f"{layout.tp * layout.cp * layout.dp}, the ranks of a stage; choose a divisor, or raise "
-                f"{where}.layout.dp"
-            )
-        if model.fp8 is not None and model.dtype != "bfloat16":
-            yield f"{where}.fp8: the weights beside FP8 products are bfloat16; set {where}.dtype=bfloat16"
-        if model.fp8 is not None and model.layers == "local":
-            yield f"{where}.fp8: needs Transformer Engine's layers; set {where}.layers=te, or {where}.fp8=null"
 
 
 def _teachers(config: Config) -> Iterator[str]:
@@ -202,17 +179,17 @@ def _addresses(where: str, engine: Engine) -> Iterator[str]:
 
 # ---- The disk --------------------------------------------------------------------------------------------------------
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
-
-def _used_models(config: Config) -> list[str]:
+def used_models(config: Config) -> list[str]:
     """The student, the teachers and whatever an engine serves, each once."""
     names = [config.student, *(t.model for t in config.teachers), *(e.model for e in config.engines.values())]
     return [name for name in dict.fromkeys(names) if name in config.models]
 
 
-def _model_folders(config: Config) -> Iterator[str]:
-    for name in _used_models(config):
+def _model_folders(config: Config, config_json_alone: Collection[str]) -> Iterator[str]:
+    for name in used_models(config):
+        if name in config_json_alone:
+            continue
         where, folder = f"models.{name}.path", Path(config.models[name].path)
         if not folder.is_dir():
             what = "is a file" if folder.exists() else "does not exist"
@@ -225,14 +202,14 @@ def _model_folders(config: Config) -> Iterator[str]:
 
 
 def _folder_problems(folder: Path) -> Iterator[str]:
-    settings, problem = _read_json(folder / "config.json")
+    settings, problem = read_json(folder / "config.json")
     if problem:
         yield f"{problem}; fetch the whole checkpoint"
     elif not settings.get("architectures") and not settings.get("model_type"):
         yield f"{folder / 'config.json'} names no architecture; it is not the config of a model"
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        weights, problem = _read_json(index)
+        weights, problem = read_json(index)
         shards = sorted(set(weights.get("weight_map", {}).values()))
         if problem:
             yield f"{problem}; fetch it again"
@@ -244,59 +221,6 @@ def _folder_problems(folder: Path) -> Iterator[str]:
         yield f"{folder} has no *.safetensors; {remedy}"
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         yield f"{folder} has no tokenizer ({', '.join(TOKENIZER_FILES)}); copy the one of the model it comes from"
-
-
-def _read_json(path: Path) -> tuple[dict[str, Any], str]:
-    """The object in a file, or an empty one and what is wrong."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}, f"{path} does not exist"
-    except (OSError, ValueError) as error:
-        return {}, f"{path} cannot be read: {error}"
-    return (value, "") if isinstance(value, dict) else ({}, f"{path} holds no JSON object")
-
-
-def _tokenizers(config: Config) -> Iterator[str]:
-    """A teacher scores the student's token ids: an id must mean the same token to both."""
-    student = config.models.get(config.student)
-    for name in dict.fromkeys(teacher.model for teacher in config.teachers):
-        teacher = config.models.get(name)
-        if student is None or teacher is None or not (Path(student.path).is_dir() and Path(teacher.path).is_dir()):
-            continue
-        if difference := _tokenizer_difference(Path(student.path), Path(teacher.path)):
-            yield f"models.{name}.path: {difference}; take a teacher with the student's tokenizer"
-
-
-def _tokenizer_difference(student: Path, teacher: Path) -> str:
-    ours, theirs = _vocabulary(student), _vocabulary(teacher)
-    if ours is None or theirs is None:
-        common = [name for name in TOKENIZER_FILES if (student / name).is_file() and (teacher / name).is_file()]
-        different = [name for name in common if (student / name).read_bytes() != (teacher / name).read_bytes()]
-        if not common and all(any((f / name).is_file() for name in TOKENIZER_FILES) for f in (student, teacher)):
-            return "its tokenizer has another form than the student's, so that their ids cannot be compared"
-        return f"{', '.join(different)} differs from the student's" if different else ""
-    if changed := [i for i in sorted(ours) if theirs.get(i) != ours[i]]:
-        first = changed[0]
-        return (
-            f"{len(changed)} of the student's {len(ours)} token ids mean something else to this teacher "
-            f"(id {first}: {ours[first]!r} to the student, {theirs.get(first)!r} to the teacher)"
-        )
-    return ""
-
-
-def _vocabulary(folder: Path) -> dict[int, str] | None:
-    """Id -> token, where the folder has a tokenizer.json that says so in a known form."""
-    settings, _ = _read_json(folder / "tokenizer.json")
-    try:
-        vocabulary = settings["model"]["vocab"]
-        if isinstance(vocabulary, list):  # unigram: [token, score] in the order of ids
-            tokens = {i: str(entry[0]) for i, entry in enumerate(vocabulary)}
-        else:
-            tokens = {int(i): str(token) for token, i in vocabulary.items()}
-        return tokens | {int(entry["id"]): str(entry["content"]) for entry in settings.get("added_tokens", [])}
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError):
-        return None
 
 
 def _datasets(config: Config) -> Iterator[str]:

@@ -24,7 +24,11 @@ from megatron_dgrpo.errors import ConfigError, listing
 
 def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """Read a config; each override is `key=value`, the key dotted (`stages.0.steps=3`), the value YAML."""
-    raw = _read(Path(path))
+    return assemble(read_raw(Path(path)), overrides, what=str(path))
+
+
+def assemble(raw: dict[str, Any], overrides: Iterable[str] = (), *, what: str) -> Config:
+    """The same of what a YAML file would hold; `what` is what messages call it."""
     problems: list[str] = []
     for override in overrides:
         try:
@@ -38,7 +42,7 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     # What could not be resolved is left out of the data: that it is missing there is no second problem.
     problems += [sentence for where, sentence in found.items() if not any(_within(where, bad) for bad in unresolved)]
     if problems or config is None:
-        raise ConfigError(listing(f"{path} cannot be used:", problems))
+        raise ConfigError(listing(f"{what} cannot be used:", problems))
     return config
 
 
@@ -47,7 +51,7 @@ def dump(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(_escape(config.model_dump(mode="json"))))
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_raw(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:

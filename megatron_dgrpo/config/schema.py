@@ -57,6 +57,7 @@ class YarnRope(Frozen):
 
     kind: Literal["yarn"]
     factor: Annotated[float, Field(ge=1)]
+    """By what the context grows."""
     original_max_positions: PositiveInt
     """Context that the model was trained with."""
     base: PositiveFloat | None = None
@@ -74,6 +75,7 @@ class Llama3Rope(Frozen):
 
     kind: Literal["llama3"]
     factor: Annotated[float, Field(ge=1)]
+    """By what the context grows."""
     original_max_positions: PositiveInt
     """Context that the model was trained with."""
     base: PositiveFloat | None = None
@@ -99,6 +101,8 @@ class Model(Frozen):
     """Other rotary embeddings than config.json names, in training, as a teacher and in engines."""
     recompute: Literal["none", "selective", "full"] = "none"
     """What backward computes again instead of keeping it: nothing, attention, or whole layers."""
+    offload_layers: NonNegativeInt = 0
+    """The first layers, but not all: their activations wait for backward in host memory (needs layers = te, pp = 1)."""
     layers: Literal["auto", "te", "local"] = "auto"
     """Transformer Engine's linear layers or Megatron-Core's own; auto: the former where they and a GPU are there."""
     fp8: Literal["tensorwise", "blockwise", "mxfp8"] | None = None
@@ -276,6 +280,7 @@ class DGRPO(Stage):
     kind: Literal["dgrpo"]
     engine: str
     prompts_per_step: PositiveInt
+    """Prompts of a batch, each with `group_size` responses."""
     group_size: Annotated[int, Field(ge=2)]
     """Responses per prompt (G)."""
     schedule: Schedule = Synchronous()

@@ -22,6 +22,7 @@ class WandB(Frozen):
 
     kind: Literal["wandb"]
     project: str
+    """The project that the run belongs to."""
     entity: str | None = None
     """User or team; the account's own where none is given."""
     name: str | None = None
@@ -37,6 +38,7 @@ class MLflow(Frozen):
     uri: str
     """Address of the server, or a database such as sqlite:///mlflow.db."""
     experiment: str = "megatron-dgrpo"
+    """The experiment that the run belongs to."""
     name: str | None = None
     """Of the run; the run folder's where none is given."""
 

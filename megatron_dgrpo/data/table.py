@@ -15,7 +15,7 @@ import numpy as np
 from megatron_dgrpo.config.data import ROW_FILES, SAVED_DATASET, Source
 from megatron_dgrpo.data.bad_rows import BadRows
 from megatron_dgrpo.data.rows import messages_problem
-from megatron_dgrpo.errors import DataError
+from megatron_dgrpo.errors import DataError, UnreachableError
 
 _FORMATS = {".jsonl": "json", ".parquet": "parquet"}
 
@@ -87,7 +87,17 @@ def open_dataset(source: Source, *, streaming: bool) -> Any:
             "its files are whole"
         )  # fmt: skip
         words = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(f"{source.where} can't be read ({words}): see that {where}") from error
+        kind = UnreachableError if source.hub is not None and not _is_answer(error) else DataError
+        raise kind(f"{source.where} can't be read ({words}): see that {where}") from error
+
+
+def _is_answer(error: Exception) -> bool:
+    """Whether the hub itself said no, or gave what cannot be read."""
+    from datasets.exceptions import DatasetNotFoundError, DatasetsError
+
+    if isinstance(error, DatasetNotFoundError):
+        return "cannot be accessed" not in str(error)
+    return isinstance(error, DatasetsError | ValueError | TypeError | KeyError)
 
 
 def _open(source: Source, streaming: bool) -> Any:

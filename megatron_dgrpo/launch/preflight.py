@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 from megatron_dgrpo.checkpoint.hf.families import read_spec
 from megatron_dgrpo.checkpoint.hf.headers import check_tensors
@@ -14,10 +14,10 @@ from megatron_dgrpo.errors import ConfigError, ConversionError, listing
 from megatron_dgrpo.model.layouts import layout_problems
 from megatron_dgrpo.model.spec import ModelSpec
 
-_BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
+BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
 
 
-def check_models(config: Config) -> None:
+def check_models(config: Config, *, config_json_alone: Collection[str] = ()) -> None:
     """Architecture, tensors and layout of the student and every teacher, and whether the engines can serve the longest
     sequences that they may be asked for; all problems of all of them in one error."""
     problems, specs = [], dict[str, ModelSpec]()
@@ -25,7 +25,8 @@ def check_models(config: Config) -> None:
         model = config.models[name]
         try:
             spec = read_spec(model.path, model.rope)
-            check_tensors(model.path, rules(spec), spec)
+            if name not in config_json_alone:
+                check_tensors(model.path, rules(spec), spec)
         except ConversionError as error:
             problems.append(f"models.{name}: {error}")
             continue
@@ -69,7 +70,7 @@ def _engine_problems(config: Config, name: str, specs: Mapping[str, ModelSpec], 
             f"engines.{name}.max_model_len={spec.max_positions} or less, or stretch its rotary embeddings with "
             f"models.{engine.model}.rope"
         )
-    needed = kv_bytes(spec, length, _BYTES[engine.dtype or config.models[engine.model].dtype], block_size)
+    needed = kv_bytes(spec, length, BYTES[engine.dtype or config.models[engine.model].dtype], block_size)
     needed //= min(engine.tp, spec.num_kv_heads)
     if engine.kv_cache_bytes < needed:
         yield (

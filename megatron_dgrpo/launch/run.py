@@ -15,7 +15,7 @@ from megatron_dgrpo.launch.supervisor import Supervisor
 from megatron_dgrpo.observe.environment import write_environment
 from megatron_dgrpo.observe.events import EventLog, run_events
 
-_CHECK_S = 3600.0
+CHECK_S = 3600.0
 """All data is read and tokenised once."""
 
 
@@ -31,7 +31,7 @@ def train(config: Config) -> int:
         if names:
             supervisor.prepare("engine")  # its imports take longest: they go on while the data is checked
         _check_data(supervisor, resolved)
-        hosts = {name: _hosts(supervisor, config, name) for name in names}
+        hosts = {name: engine_hosts(supervisor, config, name) for name in names}
         supervisor.start_ranks(
             "megatron_dgrpo.train.worker:main",
             {
@@ -46,7 +46,7 @@ def train(config: Config) -> int:
         )
         for name, found in hosts.items():
             for host, path in found:
-                _start_engine(supervisor, config, name, host, path)
+                start_engine(supervisor, config, name, host, path)
         supervisor.watch()
     return 0
 
@@ -67,7 +67,7 @@ def _check_data(supervisor: Supervisor, resolved: Path) -> None:
     """Tokenizers need libraries that this process does not import: another one looks, before anything else starts."""
     answer = supervisor.private_dir / "problems"
     arguments = {"config_path": str(resolved), "answer_path": str(answer)}
-    supervisor.run_check("megatron_dgrpo.train.checks:main", arguments, timeout_s=_CHECK_S)
+    supervisor.run_check("megatron_dgrpo.train.checks:main", arguments, timeout_s=CHECK_S)
     found = json.loads(answer.read_text(encoding="utf-8"))
     if found["problems"]:
         raise ConfigError(found["problems"])
@@ -84,13 +84,13 @@ def used_engines(config: Config) -> list[str]:
     return [name for name in config.engines if name in wanted]
 
 
-def _hosts(supervisor: Supervisor, config: Config, name: str) -> list[tuple[str, Path]]:
+def engine_hosts(supervisor: Supervisor, config: Config, name: str) -> list[tuple[str, Path]]:
     """Name and socket of each host that is started for an engine."""
     names = host_names(name, config.engines[name].replicas)
     return [(host, supervisor.private_dir / f"{host}.sock") for host in names]
 
 
-def _start_engine(supervisor: Supervisor, config: Config, name: str, host: str, path: Path) -> None:
+def start_engine(supervisor: Supervisor, config: Config, name: str, host: str, path: Path) -> None:
     engine = config.engines[name]
     supervisor.start_engine(
         host,

@@ -68,6 +68,8 @@ class Part(GPTModel):
         padding = kwargs["packed_seq_params"].layout.num_padding
         if self.pre_process and padding:
             hidden = self._without_padding(hidden, input_ids.shape[1], padding)
+        if self.pre_process:
+            hidden = _with_plain_strides(hidden)
         return (hidden, rotary_angles(position_ids[0], self.spec.rope, self.spec.head_dim), *rest)
 
     def _without_padding(self, hidden: torch.Tensor, length: int, padding: int) -> torch.Tensor:
@@ -107,6 +109,17 @@ class Part(GPTModel):
             )
 
 
+def _with_plain_strides(hidden: torch.Tensor) -> torch.Tensor:
+    """The same `[s, 1, h]` with the strides that a new tensor of this shape would have.
+
+    Megatron turns the embedding's `[1, s, h]` by `transpose(0, 1).contiguous()`, which for one sequence copies nothing
+    and leaves an odd stride on the axis of length 1. The first layer's norm keeps it, and `torch.matmul` then takes the
+    product for one of s batches of a single token: many times slower, and in bfloat16 on a CPU with s copies of the
+    weight.
+    """
+    return hidden.squeeze(1).unsqueeze(1)
+
+
 class Decoder(torch.nn.Module):
     """All that this rank holds of a model."""
 
@@ -134,8 +147,8 @@ class Decoder(torch.nn.Module):
         return HeadShard(weight, *self.spec.vocabulary_shard(self.groups.grid.coordinate("tp"), self.groups.grid.tp))
 
 
-def build_decoder(spec: ModelSpec, *, groups: Groups, options: BuildOptions) -> Decoder:
-    """A decoder with uninitialised weights, on this rank's device."""
+def build_decoder(spec: ModelSpec, *, groups: Groups, options: BuildOptions, meta: bool = False) -> Decoder:
+    """A decoder with uninitialised weights on this rank's device; with `meta`, with shapes and no weights at all."""
     grid = groups.grid
     axes = Axes(
         tp=grid.tp,
@@ -147,11 +160,20 @@ def build_decoder(spec: ModelSpec, *, groups: Groups, options: BuildOptions) -> 
         sequence_parallel=options.sequence_parallel,
     )
     problems = layout_problems(spec, axes)
+    if options.offload_layers >= spec.num_layers:
+        problems.append(f"offload_layers={options.offload_layers}: the last of the {spec.num_layers} layers stays")
     if problems:
         raise LayoutError(listing(f"{spec.architecture} does not fit the layout:", problems))
-    layers = choose_layers(options.layers, options.fp8)
+    layers = choose_layers(options.layers, options.fp8, options.offload_layers)
     config = megatron_config(spec, grid, options, layers)
-    return Decoder(spec, config, groups, layers).to(platform.device())
+    if meta:
+        config.use_cpu_initialization = True  # on the device of the context, not on one that Megatron names
+        with torch.device("meta"):
+            return Decoder(spec, config, groups, layers)
+    decoder = Decoder(spec, config, groups, layers).to(platform.device())
+    dropouts = [module.p for module in decoder.modules() if isinstance(module, torch.nn.Dropout)]
+    assert not any((config.attention_dropout, config.hidden_dropout, *dropouts)), "log-probs must be those of a rollout"
+    return decoder
 
 
 def local_parameters(decoder: Decoder) -> dict[str, torch.nn.Parameter]:

@@ -26,7 +26,7 @@ from megatron_dgrpo.model.spec import ModelSpec
 Layers = Literal["auto", "te", "local"]
 
 
-def choose_layers(layers: Layers, fp8: str | None) -> Literal["te", "local"]:
+def choose_layers(layers: Layers, fp8: str | None, offload_layers: int = 0) -> Literal["te", "local"]:
     """`auto` is Transformer Engine where it and a GPU are there."""
     found = importlib.util.find_spec("transformer_engine") is not None
     if layers == "auto":
@@ -38,6 +38,10 @@ def choose_layers(layers: Layers, fp8: str | None) -> Literal["te", "local"]:
         )
     if fp8 is not None and layers == "local":
         raise LayoutError(f"fp8={fp8} needs Transformer Engine's layers: set layers=te, or fp8=null")
+    if offload_layers and layers == "local":
+        raise LayoutError(
+            f"offload_layers={offload_layers} needs Transformer Engine's layers: set layers=te, or offload_layers=0"
+        )
     return layers
 
 

@@ -32,6 +32,8 @@ class BuildOptions:
     sequence_parallel: bool = False
     vpp: int = 1
     recompute: Recompute = "none"
+    offload_layers: int = 0
+    """The first layers, whose activations wait for backward in host memory."""
     layers: Layers = "auto"
     fp8: FP8 | None = None
 
@@ -105,6 +107,8 @@ def megatron_config(spec: ModelSpec, grid: Grid, options: BuildOptions, layers: 
         calculate_per_token_loss=True,  # the weights of the streams carry the whole normalisation
         moe_token_dispatcher_type="alltoall",
         **_recompute(options.recompute),
+        cpu_offloading=options.offload_layers > 0,
+        cpu_offloading_num_layers=options.offload_layers,
         **_experts(spec, dtype, layers),
         **_fp8(options.fp8),
     )

@@ -107,6 +107,7 @@ class Groups:
         etp: int = 1,
         first_rank: int = 0,
         timeout_s: float = 600.0,
+        backend: str | None = None,
     ):
         world = dist.get_world_size()
         self.grid = Grid(tp, cp, dp, pp, first_rank, dist.get_rank(), ep, etp)
@@ -123,7 +124,7 @@ class Groups:
             )
         if problems:
             raise LayoutError(listing("The process groups can't be made:", problems))
-        self._timeout = timedelta(seconds=timeout_s)
+        self._timeout, self._backend = timedelta(seconds=timeout_s), backend or platform.backend()
         self._made: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup] = {}
         one, tp_, cp_, dp_, pp_ = (self._group(axes) for axes in ((), ("tp",), ("cp",), ("dp",), ("pp",)))
         dp_cp, model, everyone = self._group(("cp", "dp")), self._group(("tp", "pp")), self._group(AXES)
@@ -163,7 +164,7 @@ class Groups:
     def _make(self, enumeration: tuple[tuple[int, ...], ...]) -> dist.ProcessGroup:
         if enumeration not in self._made:
             group, _ = dist.new_subgroups_by_enumeration(
-                [list(ranks) for ranks in enumeration], backend=platform.backend(), timeout=self._timeout
+                [list(ranks) for ranks in enumeration], backend=self._backend, timeout=self._timeout
             )
             self._made[enumeration] = group
         return self._made[enumeration]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_dgrpo.checkpoint.hf.families import read_spec
 from megatron_dgrpo.config.loader import load
+from megatron_dgrpo.config.rewards import Judge
 from megatron_dgrpo.config.schema import DGRPO, SFT, Config, Evaluation
 from megatron_dgrpo.config.stages import dgrpo_stages, micro_batch_room, samplers
 from megatron_dgrpo.data.compatibility import check_fits, check_same
@@ -16,7 +17,7 @@ from megatron_dgrpo.data.dataset import Rows
 from megatron_dgrpo.data.lengths import check_lengths
 from megatron_dgrpo.data.teachers import check_teachers
 from megatron_dgrpo.data.tokenizer import Tokenizer
-from megatron_dgrpo.errors import ConfigError, DataError, DGRPOError, listing
+from megatron_dgrpo.errors import ConfigError, DataError, DGRPOError, UnreachableError, listing
 from megatron_dgrpo.observe.progress import Board
 from megatron_dgrpo.rewards.checks import reward_problems
 
@@ -31,42 +32,49 @@ def main(*, config_path: str, answer_path: str) -> None:
     Path(answer_path).write_text(json.dumps(answer), encoding="utf-8")
 
 
-def check_data(config: Config) -> list[str]:
+def check_data(config: Config, *, without_tokenizer: Collection[str] = (), dry: bool = False) -> list[str]:
     """Tokenizers are one and fit their models; every row is readable and short enough; rewards can be computed. All
     problems in one error.
 
-    Returns what was left out or not looked at.
+    Returns what was left out or not looked at. A dry run, which trains nothing, may lack tokenizers and the network:
+    what they are needed for is among what was not looked at.
     """
     notes: list[str] = []
     names = dict.fromkeys([config.student, *(teacher.model for teacher in config.teachers)])
     problems: list[str] = []
 
-    def attempt(check: Callable[[], object]) -> None:
+    def attempt(check: Callable[[], object], where: str = "") -> None:
         try:
             check()
+        except UnreachableError as error:
+            notes.append(f"not checked: {where}{error}") if dry else problems.append(str(error))
         except DGRPOError as error:
             problems.append(str(error))
 
     tokenizers: dict[str, Tokenizer] = {}
-    for name in names:
+    there = [name for name in names if name not in without_tokenizer]
+    for name in there:
         attempt(lambda name=name: tokenizers.update({name: Tokenizer.load(config.models[name].path)}))  # type: ignore[misc]
-    if len(tokenizers) == len(names):
-        attempt(lambda: check_same(tokenizers))
+    if len(tokenizers) == len(there):
+        if tokenizers:
+            attempt(lambda: check_same(tokenizers))
         for name, tokenizer in tokenizers.items():
             vocab_size = read_spec(config.models[name].path).vocab_size
             attempt(lambda n=name, t=tokenizer, v=vocab_size: check_fits(n, t, v))  # type: ignore[misc]
         for number in range(len(config.stages)):
-            attempt(lambda i=number: _check_stage(config, i, tokenizers[config.student], notes))  # type: ignore[misc]
-        attempt(lambda: _check_teachers(config))
-        attempt(lambda: _check_evaluation(config, tokenizers[config.student], notes))
+            where = f"stages.{number}.data: "
+            attempt(lambda i=number: _check_stage(config, i, tokenizers.get(config.student), notes), where)  # type: ignore[misc]
+        attempt(lambda: _check_teachers(config), "teachers: ")
+        attempt(lambda: _check_evaluation(config, tokenizers.get(config.student), notes), "evaluation.data: ")
+    unreached = notes if dry else None
     for where, section in samplers(config):
-        attempt(lambda w=where, s=section: problems.extend(_rewards(w, s)))  # type: ignore[misc]
+        attempt(lambda w=where, s=section: problems.extend(_rewards(w, s, unreached)), f"{where}.rewards: ")  # type: ignore[misc]
     if problems:
         raise ConfigError(listing("The data, or what is asked of them, can't be used:", dict.fromkeys(problems)))
-    return notes
+    return list(dict.fromkeys(notes))
 
 
-def _check_stage(config: Config, number: int, tokenizer: Tokenizer, notes: list[str]) -> None:
+def _check_stage(config: Config, number: int, tokenizer: Tokenizer | None, notes: list[str]) -> None:
     stage = config.stages[number]
     match stage:
         case SFT():
@@ -76,18 +84,22 @@ def _check_stage(config: Config, number: int, tokenizer: Tokenizer, notes: list[
             response = stage.sampling.max_tokens
     for source in stage.data.sources:
         if source.streaming:
-            notes.append(f"stages.{number}.data: {source.where} is a stream: its rows are checked as they come")
+            notes.append(
+                f"not checked: stages.{number}.data: {source.where} is a stream: its rows are checked as they come"
+            )
             continue
         with Board().task(f"read {source.where}"):
             rows = Rows(source, needs_answer=isinstance(stage, SFT))
         if rows.bad.count:
             notes.append(f"stages.{number}.data: {rows.bad.summary()}")
-        if stage.on_overlong == "error":
+        if tokenizer is None:
+            notes.append(f"not checked: stages.{number}.data: lengths of {source.where}, without a tokenizer")
+        elif stage.on_overlong == "error":
             lengths = {"limit": limit, "setting": setting, "response_tokens": response}
             watched = Board().over(rows, f"check {source.where}", len(rows), "rows")
             unchecked = check_lengths(watched, tokenizer, **lengths)  # type: ignore[arg-type]
             if unchecked:
-                notes.append(f"stages.{number}.data: the lengths of {unchecked} long rows were not checked")
+                notes.append(f"not checked: stages.{number}.data: the lengths of {unchecked} long rows")
 
 
 def _check_teachers(config: Config) -> None:
@@ -106,6 +118,8 @@ def _check_teachers(config: Config) -> None:
             continue
         try:
             named |= check_teachers(Rows(source), names, where=f"{path}.data.teacher")
+        except UnreachableError:
+            raise
         except DataError as error:
             problems.append(str(error))
     if routed and not problems and (idle := [name for name in names if name not in named]):
@@ -116,7 +130,7 @@ def _check_teachers(config: Config) -> None:
         raise ConfigError("\n".join(problems))
 
 
-def _check_evaluation(config: Config, tokenizer: Tokenizer, notes: list[str]) -> None:
+def _check_evaluation(config: Config, tokenizer: Tokenizer | None, notes: list[str]) -> None:
     settings = config.evaluation
     if settings is None:
         return
@@ -128,6 +142,9 @@ def _check_evaluation(config: Config, tokenizer: Tokenizer, notes: list[str]) ->
             f"evaluation.num_prompts: {settings.data.where} has {len(rows)} rows; set it to {len(rows)} or less"
         )
     engine = config.engines[settings.engine]
+    if tokenizer is None:
+        notes.append(f"not checked: evaluation.data: lengths of {settings.data.where}, without a tokenizer")
+        return
     check_lengths(
         Board().over(rows[: settings.num_prompts], f"check {settings.data.where}", settings.num_prompts, "rows"),
         tokenizer,
@@ -137,9 +154,16 @@ def _check_evaluation(config: Config, tokenizer: Tokenizer, notes: list[str]) ->
     )
 
 
-def _rewards(where: str, section: DGRPO | Evaluation) -> list[str]:
+def _rewards(where: str, section: DGRPO | Evaluation, unreached: list[str] | None) -> list[str]:
+    """Problems; with `unreached` a judge that does not answer is none, and goes there."""
+
     def rows() -> Iterator[tuple[str, Mapping[str, Any]]]:  # read only where a reward reads more than the answer
         for source in section.data.sources:
             yield from ((row.name, row.fields) for row in (() if source.streaming else Rows(source)))
 
-    return reward_problems(section.rewards, where, rows())
+    if unreached is None:
+        return reward_problems(section.rewards, where, rows())
+    judges = [reward for reward in section.rewards if isinstance(reward, Judge)]
+    others = [reward for reward in section.rewards if not isinstance(reward, Judge)]
+    unreached += [f"not checked: {problem}" for problem in reward_problems(judges, where, ())] if judges else []
+    return reward_problems(others, where, rows()) if others else []

@@ -324,6 +324,7 @@ def build_options(model: Model) -> BuildOptions:
         sequence_parallel=model.layout.sequence_parallel,
         vpp=model.layout.vpp,
         recompute=model.recompute,
+        offload_layers=model.offload_layers,
         layers=model.layers,
         fp8=model.fp8,
     )

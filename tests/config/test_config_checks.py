@@ -114,6 +114,20 @@ def test_layouts() -> None:
     assert only(("models.large.fp8", "blockwise"), ("models.large.layers", "local")).endswith(
         "set models.large.layers=te, or models.large.fp8=null"
     )
+    offload = ("models.large.offload_layers", 1)
+    assert problems(spoilt(offload)) == []
+    found = problems(
+        spoilt(
+            offload,
+            ("models.large.layers", "local"),
+            ("models.large.layout", {"pp": 2}),
+            ("models.large.recompute", "full"),
+        )
+    )
+    assert [problem.split("; set ")[1] for problem in found] == [
+        f"models.large.{setting}, or models.large.offload_layers=0"
+        for setting in ("layers=te", "layout.pp=1", "recompute=none")
+    ]
 
 
 def test_ranks_of_a_run() -> None:

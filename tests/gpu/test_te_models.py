@@ -30,7 +30,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def _hidden_and_gradients(rank: int, world: int, folder: str, layers: str, fp8: str | None, padding: int) -> Any:
+def _hidden_and_gradients(
+    rank: int, world: int, folder: str, layers: str, fp8: str | None, padding: int, offload: int = 0
+) -> Any:
     from megatron_dgrpo.model.layouts import padding_unit
     from megatron_dgrpo.model.megatron_config import BuildOptions
     from megatron_dgrpo.model.schedule import run_schedule
@@ -40,8 +42,9 @@ def _hidden_and_gradients(rank: int, world: int, folder: str, layers: str, fp8: 
     from megatron_dgrpo.train.student import load_student
 
     groups = Groups(tp=1, dp=1)
+    options = BuildOptions(torch.bfloat16, layers=layers, fp8=fp8, offload_layers=offload)
     groups.seed(0)
-    student = load_student(folder, groups=groups, options=BuildOptions(torch.bfloat16, layers=layers, fp8=fp8))
+    student = load_student(folder, groups=groups, options=options)
     student.zero_grad()
     tokens = np.random.default_rng(0).integers(0, 500, 250)
     packing = Packing(1024, multiple_of=max(padding, padding_unit(tp=1, fp8=fp8)))
@@ -89,3 +92,13 @@ def test_padding_does_not_widen_a_scale(tmp_path: Path) -> None:
     ((few, _),) = run_distributed(_hidden_and_gradients, 1, str(folder), "te", "tensorwise", 1)
     ((many, _),) = run_distributed(_hidden_and_gradients, 1, str(folder), "te", "tensorwise", 1024)
     assert relative_error(many, few) <= 1e-6
+
+
+def test_activations_that_waited_in_host_memory_give_the_same_gradients(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path, vocab_size=512, hidden=256, heads=4, head_dim=64, layers=3, dtype="bfloat16")
+    ((hidden, gradients),) = run_distributed(_hidden_and_gradients, 1, str(folder), "te", None, 1, 2)
+    ((expected, wanted),) = run_distributed(_hidden_and_gradients, 1, str(folder), "te", None, 1)
+    assert torch.equal(hidden, expected)
+    found = whole([gradients])
+    for name, gradient in whole([wanted]).items():
+        assert relative_error(found[name], gradient) <= 1e-6, name

@@ -102,7 +102,7 @@ def _logits_and_gradients(
     student = load_student(folder, groups=groups, options=options)
     student.zero_grad()
     sequences = [sequence(str(i), tokens, np.arange(len(tokens)) > 0, i) for i, tokens in enumerate(_tokens())]
-    packing = Packing(40, dp=layout.dp, multiple_of=4, rounds_of=layout.pp if layout.vpp > 1 else 1)
+    packing = Packing(48, dp=layout.dp, multiple_of=16, rounds_of=layout.pp if layout.vpp > 1 else 1)
     batches = packing.micro_batches(sequences, rank=groups.grid.coordinate("dp"))
     found = {}
 
@@ -110,6 +110,7 @@ def _logits_and_gradients(
         head = student.decoder.head()
         gather = gather_from_sequence_parallel_region if sp else copy_to_tensor_model_parallel_region
         logits = gather(hidden, group=groups.tp)[:, 0] @ head.weight_VH[: head.num_valid].T
+        assert not logits[len(logits) - batch.num_padding :].any(), "padding is zero in every layer"
         loss = logits.sum() * 0
         for document in (tree.trunk for tree in batch.trees):
             upstream = _upstream(document.length, student.decoder.spec.vocab_size).to(dtype)

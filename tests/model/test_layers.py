@@ -20,6 +20,8 @@ def _choose(rank: int, world: int) -> str:
         choose_layers("te", None)
     with pytest.raises(LayoutError, match="fp8=blockwise needs Transformer Engine's layers: set layers=te"):
         choose_layers("auto", "blockwise")
+    with pytest.raises(LayoutError, match="offload_layers=2 needs Transformer Engine's layers: set layers=te"):
+        choose_layers("auto", None, 2)
     return "done"
 
 

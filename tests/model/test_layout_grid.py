@@ -139,6 +139,7 @@ def _logits_and_gradients(
         return -scored.logprob_T.sum() / count, None
 
     run_schedule(student.decoder, student.wrapped, batches, finish, forward_only=False)
+    student.reduce_gradients()
     gather_data_parallel_gradients(student.wrapped)
     return found, pieces(student.decoder, "main_grad")
 
@@ -168,11 +169,14 @@ def _by_transformers(reference: Any) -> tuple[torch.Tensor, dict[str, torch.Tens
     return torch.cat(rows), dict(gradients_by_file_name(reference))
 
 
-def _check(expected: Any, family: Any, axes: dict[str, Any], recompute: str, precision: Any) -> None:
+def _check(
+    expected: Any, family: Any, axes: dict[str, Any], recompute: str, precision: Any, timeout_s: float = 120
+) -> None:
     dtype, logits_within, gradients_within = precision
     folder, wanted_logits, wanted = expected(family, dtype)
     layout = Layout(**axes)
-    ranks = run_distributed(_logits_and_gradients, layout.world_size, str(folder), layout, recompute, dtype)
+    rank = str(folder), layout, recompute, dtype
+    ranks = run_distributed(_logits_and_gradients, layout.world_size, *rank, timeout_s=timeout_s)
     logits = torch.full_like(wanted_logits, torch.nan)
     for rows, start, part in (entry for found, _ in ranks for entry in found):
         logits[rows, start : start + part.shape[1]] = part
@@ -189,6 +193,7 @@ def test_every_pair_of_settings(expected, family, axes, recompute, precision) ->
 
 
 @pytest.mark.long
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(("family", "axes", "recompute", "precision"), _cases(16), ids=_name)
 def test_pairs_that_need_16_ranks(expected, family, axes, recompute, precision) -> None:
-    _check(expected, family, axes, recompute, precision)
+    _check(expected, family, axes, recompute, precision, timeout_s=500)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +22,7 @@ from megatron_dgrpo.errors import ConfigError
 from megatron_dgrpo.launch.run import train
 from megatron_dgrpo.observe.events import read_events
 from megatron_dgrpo.observe.metrics import read_metrics
+from megatron_dgrpo.testing.tiny import save_tiny
 
 TEMPERATURE = 0.7
 
@@ -122,6 +125,31 @@ def test_a_pipeline_taught_from_other_ranks_with_rotary_embeddings_of_the_config
     assert len(updates) == 7
     for record in updates:  # engine and trainer turn by the same angles, and hold the same weights
         assert record["mismatch/max"] <= 1e-4 and record["teacher_kl/kl"] > 0.01
+
+
+def test_each_row_is_taught_by_the_teacher_that_it_names(files: Path, tmp_path: Path) -> None:
+    """One on the student's ranks, one of another family and size on a rank of its own."""
+    vocab_size = json.loads((files / "teacher/config.json").read_text())["vocab_size"]
+    other = save_tiny(tmp_path / "other", "Llama", tied=False, vocab_size=vocab_size, hidden=48, heads=3, seed=9)
+    for tokenizer in (files / "teacher").glob("tokenizer*"):
+        shutil.copy(tokenizer, other)
+    rows = [json.loads(line) for line in (files / "task/train.jsonl").read_text().splitlines()[:64]]
+    named = [json.dumps(row | {"scored_by": ("teacher", "other")[i % 2]}) for i, row in enumerate(rows)]
+    (tmp_path / "named.jsonl").write_text("\n".join(named) + "\n")
+    config = _config(files, tmp_path / "run")
+    config["models"]["other"] = {"path": str(other), "dtype": "float32"}
+    config["teachers"] = [{"model": "teacher", "rows_in": "host"}, {"model": "other", "ranks": "own"}]
+    data = {"path": str(tmp_path / "named.jsonl"), "teacher": "scored_by"}
+    config["stages"] = [stage | {"data": data, "steps": 2} for stage in config["stages"][2:]]
+    assert train(load(_write(tmp_path, config))) == 0
+    updates = [r for r in read_metrics(tmp_path / "run/metrics.jsonl").records if "update" in r]
+    assert len(updates) == 2
+    assert all(record["mismatch/max"] <= 1e-4 and record["nonfinite_rows"] == 0 for record in updates)
+    taught = {name: [r[f"kl/{name}"] for r in updates if f"kl/{name}" in r] for name in ("teacher", "other")}
+    assert all(kls and min(kls) > 0.01 for kls in taught.values()), taught
+    for record in updates:  # the mean over all tokens lies between those of each teacher's own
+        own = [record[f"kl/{name}"] for name in taught if f"kl/{name}" in record]
+        assert min(own) - 1e-6 <= record["teacher_kl/kl"] <= max(own) + 1e-6
 
 
 def _loads_in_transformers_and_differs(exported: Path, source: Path) -> None:

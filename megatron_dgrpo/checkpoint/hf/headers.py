@@ -20,6 +20,7 @@ from megatron_dgrpo.errors import ConversionError, listing
 from megatron_dgrpo.model.spec import ModelSpec
 
 INDEX = "model.safetensors.index.json"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _MAX_HEADER = 100_000_000
@@ -121,7 +122,7 @@ def check_tensors(folder: str | Path, table: Iterable[Rule], spec: ModelSpec) ->
     expected = {rule.hf_name: rule.hf_shape for rule in table}
     problems = [f"{name} is missing" for name in expected if name not in headers]
     # a tied model's file may hold the head as well; it is the embedding again
-    extra = headers.keys() - expected.keys() - ({"lm_head.weight"} if spec.tied else set())
+    extra = headers.keys() - expected.keys() - ({HEAD} if spec.tied else set())
     problems += [f"{name} is not a tensor of {spec.architecture}" for name in sorted(extra)]
     for name in (name for name in expected if name in headers):
         if headers[name].shape != expected[name]:
@@ -130,6 +131,8 @@ def check_tensors(folder: str | Path, table: Iterable[Rule], spec: ModelSpec) ->
             )
         if headers[name].dtype is None:
             problems.append(f"{name} is neither bfloat16, float16, float32 nor float64")
+    if spec.tied and HEAD in headers and headers[HEAD].shape != expected[EMBEDDING]:
+        problems.append(f"{HEAD} has shape {list(headers[HEAD].shape)}, and config.json ties it to {EMBEDDING}")
     if problems:
         raise ConversionError(listing(f"the weights in {folder} do not fit its config.json:", problems))
     return headers

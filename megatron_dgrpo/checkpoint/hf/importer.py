@@ -7,13 +7,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 
 from megatron_dgrpo.checkpoint.agree import agreed
-from megatron_dgrpo.checkpoint.hf.headers import check_tensors, read_headers
+from megatron_dgrpo.checkpoint.hf.headers import EMBEDDING, HEAD, check_tensors, read_headers
 from megatron_dgrpo.checkpoint.hf.mapping import Rule, rules
 from megatron_dgrpo.checkpoint.hf.safetensors_folder import SafetensorsFolder
+from megatron_dgrpo.errors import ConversionError
 from megatron_dgrpo.model.decoder import Decoder, local_parameters
 from megatron_dgrpo.model.spec import ModelSpec
+
+_BLOCK_VALUES = 1 << 20
+"""Of the tensors that are compared: so many at a time."""
 
 
 class Part(NamedTuple):
@@ -61,10 +66,24 @@ def import_weights(decoder: Decoder, folder: str | Path, *, advance: Callable[[i
         headers = check_tensors(folder, rules(decoder.spec), decoder.spec)
         zero_padding(decoder)
         with SafetensorsFolder(headers) as files:
+            if decoder.spec.tied and HEAD in headers and dist.get_rank(decoder.groups.world) == 0:
+                _check_tied_head(files, decoder.spec)
             for part in local_parts(decoder):
                 files.read_into(part.rule.hf_name, part.box, part.tensor)
                 if advance is not None:
                     advance(part.tensor.numel() * part.tensor.element_size())
+
+
+def _check_tied_head(files: SafetensorsFolder, spec: ModelSpec) -> None:
+    """A file may hold a tied head once more. With other values the model is not tied, whatever its config.json says."""
+    num_rows = max(1, _BLOCK_VALUES // spec.hidden_size)
+    for first in range(0, spec.vocab_size, num_rows):
+        box = (first, min(first + num_rows, spec.vocab_size)), (0, spec.hidden_size)
+        if not torch.equal(files.read(HEAD, box).double(), files.read(EMBEDDING, box).double()):
+            raise ConversionError(
+                f"{HEAD} and {EMBEDDING} have different values, and config.json makes them one "
+                "(tie_word_embeddings=true): set it to false where the head is the model's, or remove the head"
+            )
 
 
 def box_of(rule: Rule, start: int, length: int) -> tuple[tuple[int, int], ...]:
@@ -75,6 +94,6 @@ def box_of(rule: Rule, start: int, length: int) -> tuple[tuple[int, int], ...]:
 
 def read_head(folder: str | Path, spec: ModelSpec, start: int, target: torch.Tensor) -> None:
     """Fill `target` with the rows of the output head from `start` on, wherever a tied or untied model keeps it."""
-    name = "model.embed_tokens.weight" if spec.tied else "lm_head.weight"
+    name = EMBEDDING if spec.tied else HEAD
     with SafetensorsFolder(read_headers(folder)) as files:
         files.read_into(name, ((start, start + len(target)), (0, spec.hidden_size)), target)

@@ -160,6 +160,19 @@ def test_what_one_rank_cannot_read_stops_all(folder: Path) -> None:
     assert "2 of 2 ranks failed" in str(e.value)
 
 
+def test_a_tied_head_that_has_other_values(tmp_path: Path) -> None:
+    folder = save_tiny_qwen3(tmp_path / "model", vocab_size=97, tied=True)
+    changed(folder, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}))
+    run_distributed(load, 2, str(folder), None)
+    changed(folder, lambda tensors: tensors["lm_head.weight"][96, 0].add_(1))
+    with pytest.raises(RankError, match="lm_head.weight and model.embed_tokens.weight have different values") as caught:
+        run_distributed(load, 2, str(folder), None)
+    assert "2 of 2 ranks failed" in str(caught.value)
+    changed(folder, lambda tensors: tensors.update({"lm_head.weight": tensors["lm_head.weight"][:90].clone()}))
+    with pytest.raises(ConversionError, match=r"lm_head.weight has shape \[90, 64\], and config.json ties it to"):
+        check(folder)
+
+
 def test_the_source_is_untouched(folder: Path) -> None:
     changed(folder, lambda tensors: tensors.pop("model.norm.weight"))
     before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()}
