@@ -30,8 +30,23 @@ def gather_data_parallel_gradients(wrapped: Iterable[Any]) -> None:
                 dist.all_gather(shards, shards[group.rank()].clone(), group=group)
 
 
+def gather_first_moments(student: Any) -> None:
+    """Give every parameter Adam's `first_moment` of it, whole: each data-parallel rank's optimizer has its shard."""
+    optimizers = getattr(student.optimizer, "chained_optimizers", [student.optimizer])
+    groups = student.decoder.groups
+    for parameter in student.decoder.parameters():
+        parameter.first_moment = torch.zeros_like(parameter, requires_grad=False)
+        for optimizer in optimizers:
+            if parameter in optimizer.model_param_group_index_map:
+                held = optimizer._get_model_param_range_map(parameter)["param"]
+                shard = optimizer._get_main_param_and_optimizer_states(parameter)["exp_avg"]
+                parameter.first_moment.view(-1)[held.start : held.end] = shard
+        shared = getattr(parameter, "allreduce", True)  # False: an expert's
+        dist.all_reduce(parameter.first_moment, group=groups.dp_cp if shared else groups.collection.expt_dp)
+
+
 def pieces(decoder: Any, attribute: str) -> list[Piece]:
-    """This rank's parts of every parameter's `main_grad` or `data`."""
+    """This rank's parts of every parameter's `main_grad`, `data` or `first_moment`."""
     from megatron_dgrpo.checkpoint.hf.importer import box_of
     from megatron_dgrpo.checkpoint.hf.mapping import rules
     from megatron_dgrpo.model.decoder import local_parameters

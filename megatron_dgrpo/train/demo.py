@@ -82,11 +82,20 @@ def student_config(out: Path, seed: int) -> dict[str, Any]:
     return _config(out, seed, "student", {"student": _model(out / "student", 1)}, stage)
 
 
-def dgrpo_config(out: Path, seed: int, lr: float = 2e-3, steps: int = 30) -> dict[str, Any]:
-    models = {
-        "student": _model(out / "runs/student/hf", TENSOR_PARALLEL),
-        "teacher": _model(out / "runs/teacher/hf", TENSOR_PARALLEL),
-    }
+def dgrpo_config(
+    out: Path,
+    seed: int,
+    lr: float = 2e-3,
+    steps: int = 30,
+    *,
+    beta: float = 0.5,
+    reward_weight: float = 1.0,
+    teacher: str = "teacher",
+) -> dict[str, Any]:
+    """Beta 0 is GRPO and has no teacher, reward weight 0 is OPD; `teacher` names the run whose weights teach."""
+    models = {"student": _model(out / "runs/student/hf", TENSOR_PARALLEL)}
+    if beta:
+        models["teacher"] = _model(out / f"runs/{teacher}/hf", TENSOR_PARALLEL)
     stage = {
         "kind": "dgrpo",
         "engine": "rollout",
@@ -94,11 +103,12 @@ def dgrpo_config(out: Path, seed: int, lr: float = 2e-3, steps: int = 30) -> dic
         "prompts_per_step": 64,
         "group_size": 8,
         "sampling": {"max_tokens": 4},
-        "rewards": [{"kind": "exact_match"}],
+        "rewards": [{"kind": "exact_match", "weight": reward_weight}],
+        "objective": {"beta": beta},
         "optimizer": {"lr": lr, "warmup_steps": 5},
         "diagnostics_every": 10,
     }
-    return _config(out, seed, "student", models, stage) | {"teachers": [{"model": "teacher"}]}
+    return _config(out, seed, "student", models, stage) | {"teachers": [{"model": "teacher"}] if beta else []}
 
 
 def check_config(out: Path, seed: int) -> dict[str, Any]:
