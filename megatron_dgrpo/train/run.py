@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
 from megatron_dgrpo.checkpoint.hf.exporter import export_folder, export_shards, manifest
@@ -25,7 +24,6 @@ from megatron_dgrpo.data.tokenizer import Tokenizer
 from megatron_dgrpo.errors import RolloutError, TransferError, listing
 from megatron_dgrpo.model.flops import training_cost
 from megatron_dgrpo.model.layouts import padding_unit
-from megatron_dgrpo.model.megatron_config import BuildOptions
 from megatron_dgrpo.model.spec import ModelSpec
 from megatron_dgrpo.observe.events import Level
 from megatron_dgrpo.observe.progress import Board
@@ -50,11 +48,11 @@ from megatron_dgrpo.teacher.frozen import FrozenTeacher, load_teacher
 from megatron_dgrpo.train.announcements import Announcements
 from megatron_dgrpo.train.engines import Engines
 from megatron_dgrpo.train.epochs import prompt_source
+from megatron_dgrpo.train.options import DTYPES, build_options
 from megatron_dgrpo.train.orders import Ended, Order, Waiting
-from megatron_dgrpo.train.student import Student, load_student
+from megatron_dgrpo.train.student import Student
 from megatron_dgrpo.train.teachers import Teachers
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 _VERDICT_S = 60.0
 """What ranks allow rank 0 for looking after its engines, apart from waiting for them."""
 
@@ -333,20 +331,3 @@ class Run:
         """Something else than a figure: onto the console and into events.jsonl."""
         if self.records is not None:
             self.records.note(words, kind=kind, level=level)
-
-
-def build_options(model: Model) -> BuildOptions:
-    return BuildOptions(
-        dtype=DTYPES[model.dtype],
-        sequence_parallel=model.layout.sequence_parallel,
-        vpp=model.layout.vpp,
-        recompute=model.recompute,
-        offload_layers=model.offload_layers,
-        layers=model.layers,
-        fp8=model.fp8,
-    )
-
-
-def load_run_student(config: Config, groups: Groups) -> Student:
-    model = config.models[config.student]
-    return load_student(model.path, groups=groups, options=build_options(model), rope=model.rope)

@@ -15,7 +15,7 @@ from megatron_dgrpo.launch.memory import Held
 from megatron_dgrpo.model.decoder import Decoder, build_decoder, local_parameters
 from megatron_dgrpo.model.spec import ModelSpec
 from megatron_dgrpo.parallel.groups import Grid, Groups
-from megatron_dgrpo.train.run import build_options
+from megatron_dgrpo.train.options import build_options
 
 
 def places(layout: Layout) -> Iterator[tuple[int, int]]:

@@ -24,9 +24,10 @@ from megatron_dgrpo.train.assist import assist
 from megatron_dgrpo.train.dgrpo import run_dgrpo
 from megatron_dgrpo.train.engines import Engines
 from megatron_dgrpo.train.epochs import with_steps
+from megatron_dgrpo.train.options import load_run_student
 from megatron_dgrpo.train.orders import Ended, Waiting
 from megatron_dgrpo.train.resuming import cut_records, find
-from megatron_dgrpo.train.run import Run, load_run_student
+from megatron_dgrpo.train.run import Run
 from megatron_dgrpo.train.saving import Progress
 from megatron_dgrpo.train.static import run_static
 

@@ -42,7 +42,7 @@ def _kept(rank: int, world: int, folder: str, axes: dict[str, Any], dtype: str, 
     from megatron_dgrpo.packing.pack import Packing
     from megatron_dgrpo.packing.trees import sequence
     from megatron_dgrpo.parallel.groups import Groups
-    from megatron_dgrpo.train.run import build_options
+    from megatron_dgrpo.train.options import build_options
     from megatron_dgrpo.train.student import load_student
 
     model = Model(path=folder, dtype=dtype, layout=Layout(**axes), recompute=recompute)  # type: ignore[arg-type]

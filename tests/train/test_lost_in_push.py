@@ -26,7 +26,8 @@ def push(rank: int, world_size: int, config_path: str, dies: bool) -> dict[str, 
     from megatron_dgrpo.parallel.groups import Groups
     from megatron_dgrpo.rollout.client import EngineClient
     from megatron_dgrpo.train.engines import Engines
-    from megatron_dgrpo.train.run import Run, load_run_student
+    from megatron_dgrpo.train.options import load_run_student
+    from megatron_dgrpo.train.run import Run
 
     config = load(config_path)
     groups = Groups(tp=2, dp=1)

@@ -88,7 +88,7 @@ def _updated(rank: int, world: int, folder: str, teacher: str, axes: dict[str, A
     from megatron_dgrpo.observe.timers import Phases
     from megatron_dgrpo.parallel.groups import Groups
     from megatron_dgrpo.train.dgrpo import _updates
-    from megatron_dgrpo.train.run import load_run_student
+    from megatron_dgrpo.train.options import load_run_student
     from megatron_dgrpo.train.tally import Tally
     from megatron_dgrpo.train.update import Gradients
 
@@ -194,7 +194,7 @@ def _twice_reduced(rank: int, world: int, folder: str, teacher: str) -> float:
     from megatron_dgrpo.observe.timers import Phases
     from megatron_dgrpo.parallel.groups import Groups
     from megatron_dgrpo.train.dgrpo import _updates
-    from megatron_dgrpo.train.run import load_run_student
+    from megatron_dgrpo.train.options import load_run_student
     from megatron_dgrpo.train.tally import Tally
     from megatron_dgrpo.train.update import Gradients
 

@@ -27,7 +27,7 @@ CASES: list[tuple[str, dict[str, Any], bool]] = [
 def _real(rank: int, world: int, folder: str, axes: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     from megatron_dgrpo.model.decoder import build_decoder, local_parameters
     from megatron_dgrpo.parallel.groups import Groups
-    from megatron_dgrpo.train.run import build_options
+    from megatron_dgrpo.train.options import build_options
 
     model = Model(path=folder, dtype="float32", layout=Layout(**axes))
     layout = model.layout

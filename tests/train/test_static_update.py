@@ -58,7 +58,8 @@ def _update(rank: int, world: int, folder: str, teacher: str, axes: Any, teacher
     from megatron_dgrpo.algorithms.build import dgrpo_loss
     from megatron_dgrpo.algorithms.factors import Factors
     from megatron_dgrpo.parallel.groups import Groups
-    from megatron_dgrpo.train.run import Run, load_run_student
+    from megatron_dgrpo.train.options import load_run_student
+    from megatron_dgrpo.train.run import Run
     from megatron_dgrpo.train.static import _work
     from megatron_dgrpo.train.teaching import preflight, teach
     from megatron_dgrpo.train.update import compute_gradients

@@ -64,6 +64,7 @@ def updates(rank: int, world: int, folder: str, rollouts: list[Trajectory], coun
     from megatron_dgrpo.teacher.frozen import load_teacher
     from megatron_dgrpo.train import update
     from megatron_dgrpo.train.student import load_student
+    from megatron_dgrpo.train.teachers import Teachers
 
     torch.set_num_threads(1)
     groups, options, spec = Groups(tp=1, cp=1, dp=1, pp=1, ep=1, etp=1), BuildOptions(torch.float32), read_spec(folder)
@@ -73,7 +74,8 @@ def updates(rank: int, world: int, folder: str, rollouts: list[Trajectory], coun
     student.start_optimizer(Adam(lr=1e-6))
     packing = Packing(16384, dp=1, cp=1, multiple_of=1, rounds_of=1, cost=training_cost(spec))
     grown = trees.trees(rollouts)
-    rows, batches = teacher.rows(grown, packing), packing.micro_batches(grown, rank=0, cp_rank=0)
+    lessons = Teachers(("teacher",), (teacher,)).teach(rollouts, packing)
+    batches = packing.micro_batches(grown, rank=0, cp_rank=0)
     rewards = np.random.default_rng(1).random(len(rollouts))
     streams, (loss, factors) = dgrpo_streams(rollouts, rewards, OBJECTIVE).streams, dgrpo_loss(OBJECTIVE)
     records = Records(
@@ -95,7 +97,7 @@ def updates(rank: int, world: int, folder: str, rollouts: list[Trajectory], coun
     for step in range(count + 1):
         balance = step % 2 == 1
         inside[0], start = 0.0, time.process_time()
-        work = update.Work(batches, streams, loss, factors, 1.0, teacher.head, rows, balance=balance)
+        work = update.Work(batches, streams, loss, factors, 1.0, lessons, balance=balance)
         metrics = update.compute_gradients(student, work) | student.update()
         whole = time.process_time() - start
         begun, phases = time.perf_counter(), Phases()

@@ -54,7 +54,10 @@ CASES = ("tree", *OF_THE_TARGET, "trl")
 def rollouts(prompt: int, response: int, size: int) -> tuple[list[int], list[list[int]], list[float]]:
     """Ids that every vocabulary of the cases has."""
     draw = np.random.default_rng(0)
-    ids = lambda n: draw.integers(0, WORDS, n).tolist()  # noqa: E731
+
+    def ids(count: int) -> list[int]:
+        return [int(i) for i in draw.integers(0, WORDS, count)]
+
     return ids(prompt), [ids(response) for _ in range(size)], [float(i % 2) for i in range(size)]
 
 
