@@ -19,7 +19,7 @@ from megatron_dgrpo.errors import LaunchError
 from megatron_dgrpo.launch.engines import host_names
 from megatron_dgrpo.launch.nursery import ENGINE_PRELOAD
 from megatron_dgrpo.launch.supervisor import Supervisor
-from megatron_dgrpo.rollout.compatibility import expected
+from megatron_dgrpo.rollout.compatibility import Expected, architecture, this_side, vllm_version
 from megatron_dgrpo.rollout.control import Control
 from megatron_dgrpo.rollout.messages import GenerateRequest, sample_seed
 from megatron_dgrpo.rollout.pool import Pool, Replica
@@ -59,7 +59,15 @@ class Trainer:
         self.pool = Pool(
             "student",
             [Replica(n, a, key, Control(control, key)) for n, a in zip(names, addresses, strict=True)],
-            expected("engines.student", folders[0], VOCAB, CONTEXT, "float32"),
+            Expected(
+                "engines.student",
+                architecture(folders[0]),
+                VOCAB,
+                CONTEXT,
+                "float32",
+                vllm_version(),
+                this_side("cpu", ()),
+            ),
             start_timeout_s=240,
             hang_timeout_s=HANG_S,
             restore=lambda: self.push(everywhere=False),

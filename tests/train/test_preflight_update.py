@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from test_update_parity import SIZES, TEMPERATURE, _responses, _trajectories
 
-from megatron_dgrpo.config.objective import Linear, Objective
+from megatron_dgrpo.config.coefficients import Linear
+from megatron_dgrpo.config.objective import Objective
 from megatron_dgrpo.errors import ObjectiveError
 from megatron_dgrpo.testing import run_distributed
 from megatron_dgrpo.testing.tiny import save_tiny_qwen3
