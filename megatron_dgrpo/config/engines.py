@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from megatron_dgrpo.config.frozen import DType, Frozen
 
@@ -52,7 +52,7 @@ class Engine(Frozen):
     """How long the host may take to be ready."""
     request_timeout_s: PositiveFloat = 1800.0
     """How long a batch of requests may take."""
-    bucket_bytes: PositiveInt = 2**24
+    bucket_bytes: Annotated[int, Field(ge=2**12)] = 2**24
     """Weights arrive in buckets of this size; two are in flight."""
     checksums: bool = False
     """Compare a checksum of every tensor on both sides of each transfer of weights."""

@@ -28,12 +28,12 @@ def register_twice(as_host: bool):
 
 
 def test_weights_stay_plain_in_a_host_and_packed_elsewhere():
-    assert run_forked(register_twice, False, preload="engine") == (True, True, True, "SharedMemoryWeightTransferEngine")
+    assert run_forked(register_twice, False, preload="engine") == (True, True, True, "DeviceWeightTransferEngine")
     assert run_forked(register_twice, True, preload="engine") == (
         True,
         False,
         False,
-        "SharedMemoryWeightTransferEngine",
+        "DeviceWeightTransferEngine",
     )
 
 

@@ -283,7 +283,7 @@ def test_no_room_in_shared_memory_is_an_error_and_not_a_crash(tmp_path):
             store=store,
             rank=0,
             num_ranks=1,
-            bucket_bytes=1,
+            bucket_bytes=too_much,
             shm_prefix=PREFIX,
             deadline_s=10,
         )
