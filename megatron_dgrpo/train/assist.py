@@ -20,22 +20,24 @@ def assist(run: Run, stage: Stage, number: int, progress: Progress) -> None:
     rows = run.prompts(stage, number) if isinstance(stage, Static) and stage.uses_teacher else None
     for step in progress.steps(number, {"data": rows} if rows is not None else {}):
         preflight = step == 1 and _preflights(stage)
-        for members in _shares(run, stage, number, step, rows):
-            for _ in range(2 if preflight else 1):  # the first share is scored twice then
+        for parts in _parts(run, stage, number, step, rows):
+            if preflight and parts:  # which has the first share scored again, after all of its chunk
+                parts, preflight = [*parts, parts[0]], False
+            for members in parts:
                 run.load_teachers().teach(members, run.packing(stage.micro_batch_tokens))
-            preflight = False
 
 
 def _preflights(stage: Stage) -> bool:
     return stage.preflights if isinstance(stage, OnPolicy | KD) else False
 
 
-def _shares(
+def _parts(
     run: Run, stage: Stage, number: int, step: int, rows: PromptSource | None
-) -> Iterator[Sequence[Trajectory]]:
-    """What a step trains on: of rollouts what rank 0 publishes, of static data what every rank reads by itself."""
+) -> Iterator[Sequence[Sequence[Trajectory]]]:
+    """What a step trains on, in shares, chunk by chunk: of rollouts what rank 0 publishes, of static data what every
+    rank reads by itself."""
     if isinstance(stage, OnPolicy):
         for chunk in chunks(run, stage, number, step, (), Phases()):
-            yield from shares(run, stage, chunk, {}) if stage.uses_teacher else []
+            yield shares(run, stage, chunk, {}) if stage.uses_teacher else []
     elif isinstance(stage, Static) and rows is not None:
-        yield next_examples(run, stage, rows)[0]
+        yield [next_examples(run, stage, rows)[0]]
