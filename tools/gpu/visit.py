@@ -29,6 +29,8 @@ ROOT = Path(__file__).resolve().parents[2]
 _STATE, VENV = ROOT / "build" / "gpu-visit.json", ROOT / "build" / "gpu-venv"
 SECONDS = {"test": 300, "bench": 420}
 ON_GPU = {"heads": ["--device", "cuda"], "tree": ["--cuda"], "conversion": [], "balance": []}
+ON_CPU_ALONE = {"observe", "rollout", "schedule", "step", "weight_transfer"}
+"""Benchmarks with no form for a GPU: they compare with a floor on the CPU, and all but the first need vLLM."""
 NOTHING_COLLECTED = 5
 
 
@@ -39,6 +41,8 @@ def steps(python: str, out: Path, quick: bool, gpu: bool) -> dict[str, tuple[str
         report = ["--junitxml", str(out / f"{path.stem}.xml")]
         found[path.stem] = "test", [python, "-m", "pytest", str(path), "-q", "-p", "no:cacheprovider", *report]
     for path in sorted((ROOT / "tools" / "bench").glob("[a-z]*.py")):
+        if path.stem in ON_CPU_ALONE:
+            continue
         assert path.stem in ON_GPU, f"say in ON_GPU how {path.name} runs on a GPU"
         options = (ON_GPU[path.stem] if gpu else []) + (["--quick"] if quick else [])
         found[path.stem] = "bench", [python, str(path), *options]
