@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,13 +74,29 @@ def _config(files: Path, run_dir: Path, **changes: Any) -> dict[str, Any]:
 def _start(folder: Path, config: dict[str, Any], *overrides: str) -> subprocess.Popen[str]:
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config))
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-m", "megatron_dgrpo.cli", "train", str(path), *overrides],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
+    _STARTED.append(process)
+    return process
+
+
+_STARTED: list[subprocess.Popen[str]] = []
+
+
+@pytest.fixture(autouse=True)
+def _nothing_goes_on() -> Iterator[None]:
+    """What a test that fails has started ends with it."""
+    yield
+    while _STARTED:
+        process = _STARTED.pop()
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
 
 
 def _ends(process: subprocess.Popen[str], status: int = 0) -> tuple[str, str]:
@@ -279,7 +295,8 @@ def test_a_run_saves_and_ends_before_its_time_limit_and_a_rank_that_hangs_does_n
     process = _start(tmp_path, _sft(files, run_dir, **limit, grace_s=1000))
     seen = len(_figures(run_dir))
     _wait(process, lambda: len(_figures(run_dir)) > seen, "it does not go on")
-    assert [record["step"] for record in _figures(run_dir)] == list(range(1, len(_figures(run_dir)) + 1))
+    figures = _figures(run_dir)
+    assert [record["step"] for record in figures] == list(range(1, len(figures) + 1))
     (rank,) = [pid for pid in _family(process) if Path(f"/proc/{pid}/comm").read_text().strip() == "rank0"]
     os.kill(rank, signal.SIGSTOP)
     process.send_signal(signal.SIGINT)
