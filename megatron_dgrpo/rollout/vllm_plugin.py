@@ -15,9 +15,10 @@ Other uses of vLLM in the environment stay untouched.
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch  # who speaks to a host imports this file, too, and needs no torch
 
 BACKEND = "dgrpo_shm"
 HOST_ENV = "MEGATRON_DGRPO_ENGINE_HOST"
@@ -43,6 +44,7 @@ def _keep_linear_weights_plain() -> None:
 
     if not current_platform.is_cpu():
         return
+    import torch
     import vllm._custom_ops as ops
     from vllm.model_executor.layers import utils
 
@@ -62,6 +64,8 @@ def _keep_linear_weights_plain() -> None:
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x @ weight.T + bias. For a few rows MKL is as fast or faster."""
+    import torch
+
     if x.dtype == torch.float32 and x.numel() >= _MIN_ROWS * x.shape[-1] > 0 and not weight.is_meta:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
     return torch.nn.functional.linear(x, weight, bias)
