@@ -176,6 +176,10 @@ CASES = {
     "tp2 pp2 sp recompute": Case(Layout(tp=2, pp=2, sequence_parallel=True), recompute="full"),
     "dp2 taught by tp2 pp2": Case(Layout(dp=2), Layout(tp=2, pp=2)),
     "dp2 taught by tp2 pp2 on its own ranks": Case(Layout(dp=2), Layout(tp=2, pp=2), disjoint=True),
+    "dp2 taught by tp2 pp2, in host memory": Case(Layout(dp=2), Layout(tp=2, pp=2), memory="host"),
+    "dp2 taught by tp2 pp2 vpp2 on its own ranks, in host memory": Case(
+        Layout(dp=2), Layout(tp=2, pp=2, vpp=2), disjoint=True, memory="host"
+    ),
     "tp2 pp2 taught by dp2, rows in host memory": Case(
         Layout(tp=2, pp=2, sequence_parallel=True), Layout(dp=2), memory="host"
     ),
