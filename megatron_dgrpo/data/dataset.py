@@ -150,10 +150,6 @@ class PromptSource:
             found["data/skipped"] = float(skipped)
         return found
 
-    def skipped(self) -> list[str]:
-        """A line for each source that rows were skipped of."""
-        return [source.bad.summary() for source in self._sources if source.bad.count]
-
     def state(self) -> dict[str, Any]:
         """Where it stands: numbers and text, for a checkpoint."""
         return {"tokens": list(self._tokens), "sources": [source.state() for source in self._sources]}

@@ -213,10 +213,10 @@ class Progress:
         if trainer is None or folder is None or number != self._resumed.stage:
             return 0, False
         run = self._run
+        for name, part in self._parts.items():  # ranks of a teacher alone read static data, too
+            part.restore(trainer["parts"][name])
         if run.student is not None:
             self._load(folder, trainer)
-            for name, part in self._parts.items():
-                part.restore(trainer["parts"][name])
             states = trainer["random"]
             if len(states) == run.groups.grid.size:  # another layout draws anew
                 restore_random_states(states[dist.get_rank(run.groups.world)])

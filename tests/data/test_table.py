@@ -157,7 +157,6 @@ def test_bad_rows_of_a_stream(tmp_path: Path) -> None:
     assert sorted(row.prompt for row in source.take(2)) == ["p0", "é\u2028"]
     source.take(1)  # the next epoch: by now every row was seen
     assert source.facts()["data/skipped"] >= 3
-    assert "rows were skipped" in source.skipped()[0]
     with pytest.raises(DataError, match="can't be used"):
         PromptSource(as_dataset(Source(path=str(path), streaming=True)), seed=0).take(5)
     useless = parquet(tmp_path / "useless.parquet", [{"prompt": "", "answer": "a"}] * 3)
