@@ -53,7 +53,7 @@ class _Task:
     results: list[float | Failure]
     """Of all `samples`; filled in where they stand."""
     attempts: int = 0
-    """How often a worker was lost before it said which sample it is at."""
+    """How often it may have been the reason why a worker was lost before it said which sample it is at."""
 
 
 @dataclass
@@ -67,6 +67,7 @@ class _Worker:
     open: set[int] = field(default_factory=set)  # indices that have no answer yet
     at: int | None = None  # the index that it is at
     ready: bool = False  # it has made the task's reward
+    has_served: bool = False  # it has ended a task before this one
     deadline: float = 0.0
 
     def fileno(self) -> int:
@@ -207,11 +208,11 @@ class RewardPool:
             worker.ready = True
             # one that has many samples at work keeps each one's deadline itself; this is that of all
             rounds = -(-len(task.places) // task.reward.concurrency) if isinstance(task.reward, Judge) else 1
-            worker.deadline = time.monotonic() + limit_s * rounds
+            worker.deadline = time.monotonic() + limit_s * max(1, rounds)
         elif "begin" in message:
             worker.at, worker.deadline = message["begin"], time.monotonic() + limit_s
         elif "done" in message:
-            worker.task = None
+            worker.task, worker.has_served = None, True
         else:
             index = message["index"]
             worker.open.discard(index)
@@ -226,7 +227,10 @@ class RewardPool:
         if task is None:
             return
         if not task.places:
-            raise RewardError(f"reward {task.reward.label} cannot be used: {why}")
+            if worker.ready or not worker.has_served:
+                raise RewardError(f"reward {task.reward.label} cannot be used: {why}")
+            waiting.appendleft(task)
+            return
         if worker.at is None:  # before the first, or with many at once: whose fault it is can't be said
             culprits = worker.open if task.attempts else set()
         else:
@@ -234,9 +238,9 @@ class RewardPool:
         for index in culprits:
             task.results[worker.places[index]] = Failure(why)
         if rest := [worker.places[index] for index in sorted(worker.open - culprits)]:
-            waiting.appendleft(
-                _Task(task.reward, task.samples, rest, task.results, task.attempts + (worker.at is None))
-            )
+            # one that had served before and said nothing of this task may have been dead when it was handed out
+            is_suspect = worker.at is None and (worker.ready or not worker.has_served)
+            waiting.appendleft(_Task(task.reward, task.samples, rest, task.results, task.attempts + is_suspect))
 
     @staticmethod
     def _obituary(worker: _Worker) -> str:

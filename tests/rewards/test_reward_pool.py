@@ -135,11 +135,15 @@ def test_what_follows_a_marker(pool: RewardPool) -> None:
     assert pool.score([thought], samples(*texts))[0] == [1, 0, 0, 0, 1, 0]
 
 
-def test_a_worker_that_is_killed_while_idle_is_replaced(pool: RewardPool) -> None:
+@pytest.mark.parametrize("is_gone", [True, False], ids=["before it is given a task", "about then"])
+def test_workers_that_are_killed_while_idle_are_replaced(pool: RewardPool, is_gone: bool) -> None:
     pool.score([function()], samples("a", "b"))
     first = pool.pids
+    assert len(first) == 2
     for pid in first:
         os.kill(pid, signal.SIGKILL)
+        if is_gone:
+            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
     assert values(pool.score([function()], samples("a", "bb"))[0]) == [2.0, 13.0]
     assert not set(first) & set(pool.pids)
 
