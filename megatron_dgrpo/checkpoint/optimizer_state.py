@@ -124,7 +124,7 @@ def _storage(tensor: torch.Tensor) -> int:
 
 
 def _of_models(replica_id: Any) -> Any:
-    """Which copy it is among pipeline stages and tensor-parallel ranks: no data-parallel rank has another one's range."""
+    """Which copy it is among stages and tensor-parallel ranks: no data-parallel rank has another one's range."""
     return (*replica_id[:-1], 0) if isinstance(replica_id, tuple) else replica_id
 
 

@@ -62,7 +62,7 @@ def _student(folder: str) -> Any:
     student.start_optimizer(Adam(lr=1e-3))
     student.zero_grad()
     for number, parameter in enumerate(student.decoder.parameters()):
-        parameter.main_grad.fill_(1e-3 * (number % 7 + 1))
+        parameter.main_grad.fill_(1e-3 * (number % 7 + 1))  # type: ignore[attr-defined]
     student.update()
     return student
 
