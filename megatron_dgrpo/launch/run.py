@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from pathlib import Path
@@ -77,12 +78,18 @@ def _run(config: Config, made_with: dict[str, str]) -> None:
 def _make_run_dir(config: Config) -> Path:
     """The run's folder, with the resolved config in it."""
     resolved = Path(config.run_dir) / "config.yaml"
+    fresh = resolved.with_name(".config.yaml.new")  # an earlier run's stays whole where the disk is full
     try:
         resolved.parent.mkdir(parents=True, exist_ok=True)
-        resolved.write_text(dump(config), encoding="utf-8")
+        fresh.write_text(dump(config), encoding="utf-8")
+        fresh.replace(resolved)
         write_environment(resolved.parent)
     except OSError as error:
-        raise ConfigError(f"run_dir: {config.run_dir} can't be written ({error}): name another folder") from None
+        with contextlib.suppress(OSError):
+            fresh.unlink(missing_ok=True)
+        raise ConfigError(
+            f"run_dir: {config.run_dir} can't be written ({error}): free space there, or name another folder"
+        ) from None
     return resolved
 
 

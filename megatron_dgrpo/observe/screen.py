@@ -60,6 +60,7 @@ class Screen:
         self._pace = Pace()
         self._gone = False
         self._told: tuple[str, float] = ("", 0.0)
+        self._notices: dict[Path, int] = {}
         rich = RichConsole(file=stream, highlight=False)
         self._rich = rich if stream.isatty() and not rich.is_dumb_terminal else None
         self._live: Live | None = None
@@ -82,6 +83,7 @@ class Screen:
         for line in self._log.lines(last) if self._log else ():
             if not self._hidden(line):
                 self._guarded(lambda line=line: self._print(line))  # type: ignore[misc]
+        self._guarded(self._show_notices)
         if self._rich is not None:
             self._follow_metrics()
             if not last and time.monotonic() - self._drawn_at >= 0.2:
@@ -107,6 +109,14 @@ class Screen:
         for pattern, style in _STYLES:
             text.highlight_regex(pattern, style)
         self._rich.print(text, soft_wrap=True)
+
+    def _show_notices(self) -> None:
+        """What a process could not say in its log."""
+        for path in self._boards():
+            state = read_board(path)
+            if state is not None and state.notices > self._notices.get(path, 0):
+                self._notices[path] = state.notices
+                self._print(state.notice)
 
     def _state(self) -> State | None:
         """Of the process that began something last."""

@@ -159,6 +159,7 @@ def measure(rank: int, world: int, folder: str, home: str, rounds: int) -> dict[
     from megatron_dgrpo.checkpoint.training import Saver, load_training
 
     torch.set_num_threads(1)
+    Path("/proc/self/oom_score_adj").write_text("1000")  # where memory runs out, it is this process that goes
     student, found = _student(folder), {name: list[float]() for name in ("write", *TARGETS, "training", "read")}
     size = 0
     savers = {how: Saver(student.decoder, Path(home, how), folder, keep_last=1, asynchronous=how == "asynchronous")
