@@ -2,8 +2,9 @@
 
 A line goes to the file in one write, and only a process that dies inside that write leaves a torn last line. A writer
 that finds one cuts it off and says so; the reader leaves it out. A line that the disk has no room for waits in memory,
-and those after it wait behind it: a full disk stops no training, and leaves no gap once there is room. JSON has no NaN or infinity: they are written as the
-texts "NaN", "Infinity" and "-Infinity", which the reader turns back, so that a bad number is seen and no bad file.
+and those after it wait behind it: a full disk stops no training, and leaves no gap once there is room. JSON has no NaN
+or infinity: they are written as the texts "NaN", "Infinity" and "-Infinity", which the reader turns back, so that a bad
+number is seen and no bad file.
 """
 
 from __future__ import annotations
