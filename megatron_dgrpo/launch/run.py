@@ -46,6 +46,7 @@ def _run(config: Config, made_with: dict[str, str]) -> None:
         Supervisor(
             config.run_dir,
             saving_s=settings.grace_s,
+            stall_s=stall_s(config),
             ends_at=None if limit is None else started + limit - settings.margin_s,
         ) as supervisor,
     ):
@@ -73,6 +74,13 @@ def _run(config: Config, made_with: dict[str, str]) -> None:
             for host, path in found:
                 start_engine(supervisor, config, name, host, path)
         supervisor.watch()
+
+
+def stall_s(config: Config) -> float:
+    """How long rank 0 may show no sign of life: it waits for an engine that starts, and for the first answer."""
+    engines = [config.engines[name] for name in used_engines(config)]
+    waits = [engine.start_timeout_s + engine.request_timeout_s for engine in engines]
+    return config.stall_timeout_s + max(waits, default=0.0)
 
 
 def _make_run_dir(config: Config) -> Path:
