@@ -84,7 +84,7 @@ class Server:
         self.private_dir: str | None = None
         self.shm_prefix: str | None = None
         self.shared: set[str] = set()
-        self.start = time.time()
+        self.older = set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set[str]()
 
     def send(self, **message: Any) -> None:
         with contextlib.suppress(OSError):  # an owner that is gone is noticed where the socket is read
@@ -212,12 +212,9 @@ class Server:
             with contextlib.suppress(OSError), open(f"/proc/{pid}/maps") as maps:
                 for line in maps:
                     path = line.rstrip("\n").partition("/dev/shm/")[2]
-                    if path and not path.startswith("dgrpo-"):  # another run's are that run's to remove
-                        with contextlib.suppress(OSError):
-                            if (
-                                os.stat(f"/dev/shm/{path}").st_ctime >= self.start - 1
-                            ):  # the file system's clock is coarse
-                                self.shared.add(f"/dev/shm/{path}")
+                    if path and not path.startswith("dgrpo-") and path.partition("/")[0] not in self.older:
+                        if os.path.exists(f"/dev/shm/{path}"):  # another run's are that run's to remove
+                            self.shared.add(f"/dev/shm/{path}")
 
     def clear_up(self) -> None:
         """Kill every descendant, then remove what the run left in memory and in its private folder."""

@@ -34,7 +34,7 @@ class State:
     """0 where it is not known."""
     unit: str = ""
     began: float = 0.0
-    """time.time() of its start."""
+    """time.monotonic() of its start, which all processes of a machine share."""
     stage: str = ""
     stage_number: int = 0
     step: int = 0
@@ -69,7 +69,7 @@ class Board:
         what = what if len(what) <= 100 else f"...{what[-97:]}"
         before = replace(self._state, done=self._done)
         task = Task(self)
-        self._set(replace(before, what=what, done=0, total=total, unit=unit, began=time.time()))
+        self._set(replace(before, what=what, done=0, total=total, unit=unit, began=time.monotonic()))
         try:
             yield task
         finally:

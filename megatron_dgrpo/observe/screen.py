@@ -59,7 +59,7 @@ class Screen:
         self._latest: dict[str, Any] = {}
         self._pace = Pace()
         self._gone = False
-        self._told: tuple[str, float] = ("", 0.0)
+        self._told: tuple[str, float] = ("", -_LINE_S)
         self._notices: dict[Path, int] = {}
         rich = RichConsole(file=stream, highlight=False)
         self._rich = rich if stream.isatty() and not rich.is_dumb_terminal else None
@@ -127,7 +127,7 @@ class Screen:
 
     def _tell(self) -> None:
         """A line about what is long, now and then."""
-        now = time.time()
+        now = time.monotonic()
         if now - self._told[1] < _LINE_S / 20:
             return
         state = self._state()
@@ -185,7 +185,7 @@ class Screen:
             bars = Table.grid(padding=(0, 1))
             known = state.total > 0
             bar = ProgressBar(total=state.total if known else None, completed=state.done, width=30, pulse=not known)
-            bars.add_row(Text(state.what), bar, Text(_amount(state, time.time()), "dim"))
+            bars.add_row(Text(state.what), bar, Text(_amount(state, time.monotonic()), "dim"))
             parts.append(bars)
         return Group(*parts)
 
