@@ -35,6 +35,9 @@ def test_updates_of_an_engine_of_two_processes(of_two):
     with engine_host(of_two[0], tp=2) as host:
         pid, its_workers = host.client.describe().pid, workers_of(host)
         assert len(its_workers) == 2
+        for worker in its_workers:  # nothing in /dev/shm outlives them, even if they are killed
+            shared = [line for line in Path(f"/proc/{worker}/maps").read_text().splitlines() if "cpushm" in line]
+            assert shared and all(line.endswith("(deleted)") for line in shared)
         assert difference(host.answers(greedy()), fresh(of_two[0], greedy())) <= TOLERANCE
         for version in (1, 2):
             folder = of_two[version % 2]
