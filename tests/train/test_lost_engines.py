@@ -208,4 +208,4 @@ def test_an_engine_elsewhere_ends_with_a_trainer_that_is_killed(elsewhere: Elsew
         process.kill()
         process.wait()
     _wait(lambda: not _alive(family), 30, "processes are left")
-    assert elsewhere.process.wait(30) == 0, "the engine ends with its last owner"
+    assert elsewhere.process.wait(60) == 0, "the engine ends with its last owner"
