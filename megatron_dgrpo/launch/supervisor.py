@@ -171,9 +171,6 @@ class Supervisor:
         """Onto standard output, without disturbing what is shown there."""
         if self._screen:
             self._screen.say(words)
-        else:
-            with contextlib.suppress(OSError):
-                print(words, flush=True)
 
     def start_engine(
         self,
