@@ -72,7 +72,6 @@ def _ends(run: Run, within_s: float) -> str:
     _, said = process.communicate(timeout=within_s)
     assert process.returncode == 1, said
     _wait(lambda: not _alive(family), 60, f"processes are left: {_alive(family)}")
-    assert not list(Path("/dev/shm").glob("dgrpo-*"))
     (last,) = [event for event in read_events(run_dir / "events.jsonl").records if event["kind"] == "failure"]
     assert last["words"] in said
     return said
