@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_dgrpo import points
 from megatron_dgrpo.errors import RolloutError
 from megatron_dgrpo.packing.trajectory import Trajectory
 from megatron_dgrpo.rollout.codec import HEADER, MAGIC, decode, encode, frame_length, register
@@ -207,12 +208,12 @@ class Journal:
         path = segment_path(self.folder, began.stage, began.step)
         with self._saying_so(path):
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            self._file = points.open_file("journal.open", path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
             content = path.read_bytes() if os.fstat(self._file).st_size else b""
             records, self._size = _records(path, content)
             self._path, self._count, self.cut_bytes = path, len(records), len(content) - self._size
             if self.cut_bytes:
-                os.ftruncate(self._file, self._size)
+                points.cut("journal.torn", self._file, self._size)
             self._forget_old_steps()
         self._put(began)
         self.sync()
@@ -228,12 +229,8 @@ class Journal:
         """What was written so far survives the machine."""
         assert self._path is not None, "begin comes first"
         with self._saying_so(self._path):
-            os.fsync(self._file)
-            folder = os.open(self.folder, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            points.sync("journal.sync", self._file)
+            points.sync_folder("journal.folder", self.folder)
 
     def read(self, place: Place) -> Group:
         """A group of the step that is being written."""
@@ -255,12 +252,10 @@ class Journal:
             frame = encode(record, sequence=self._count)
             with self._saying_so(path):
                 try:
-                    rest = memoryview(frame)
-                    while rest:
-                        rest = rest[os.write(self._file, rest) :]
+                    points.write("journal.record", self._file, frame)
                 except OSError:
                     with contextlib.suppress(OSError):
-                        os.ftruncate(self._file, self._size)
+                        points.cut("journal.undo", self._file, self._size)
                     raise
             place = Place(path, self._size, len(frame), self._count)
             self._size += len(frame)
@@ -272,7 +267,7 @@ class Journal:
             return
         older = [name for name in steps(self.folder) if segment_path(self.folder, *name) != self._path]
         for name in older[: max(0, len(older) + 1 - self._keep)]:
-            os.unlink(segment_path(self.folder, *name))
+            points.remove("journal.forget", segment_path(self.folder, *name))
 
     @contextlib.contextmanager
     def _saying_so(self, path: Path) -> Any:
