@@ -52,16 +52,8 @@ def tiny_run(files: Path, run_dir: Path, **changes: Any) -> dict[str, Any]:
     """A config whose runs end in seconds: SFT, then dGRPO with two updates to a batch, at TP2, with held-out rewards
     and an adaptive beta. `files` has the one-hop task with its models (testing/one_hop_models.py)."""
     data, rewards = {"path": str(files / "task/train.jsonl")}, [{"kind": "exact_match"}]
-    models = {
-        name: {"path": str(files / name), "dtype": "float32", "layout": {"tp": 2}} for name in ("student", "teacher")
-    }
-    engine = {
-        "model": "student",
-        "max_model_len": 32,
-        "kv_cache_bytes": 2**24,
-        "bucket_bytes": 2**16,
-        "checksums": True,
-    }
+    model = {"dtype": "float32", "layout": {"tp": 2}}
+    engine = {"model": "student", "max_model_len": 32, "kv_cache_bytes": 2**24, "bucket_bytes": 2**16}
     return {
         "run_dir": str(run_dir),
         "models": {name: model | {"path": str(files / name)} for name in ("student", "teacher")},
