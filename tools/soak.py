@@ -37,7 +37,7 @@ def main() -> int:
     for kind in ("trainer", "engine"):
         session_nursery(kind)  # type: ignore[arg-type] # both import at the same time
     if not (folder / "files" / "task").exists():
-        write_models(folder / "files", 0)
+        write_models(folder / "files", 0, num_train=128, num_heldout=16)
     schedules = {
         "synchronous": (Chain(folder / "synchronous", folder / "files", tiny_run, exact), options.random),
         "periodic": (

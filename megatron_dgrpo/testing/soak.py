@@ -83,7 +83,7 @@ class Chain:
         return float(found["seconds"])
 
     def strike(self, case: Case) -> list[Start]:
-        """Starts until the case's fault has struck: in the run as it stands if it still gets there, else in new ones."""
+        """Starts until the fault has struck: in the run as it stands if it still gets there, else in new ones."""
         starts: list[Start] = []
         for _ in range(_TRIES):
             if case.before:
