@@ -25,6 +25,8 @@ from megatron_dgrpo.testing.faults import tiny_periodic_run, tiny_run
 from megatron_dgrpo.testing.one_hop_models import write_models
 from megatron_dgrpo.testing.soak import Chain, Start, each_once, exact, random_moment, write_json
 
+OF_PERIODIC = ("step.", "journal.", "metrics.", "save.", "folder.name", "transfer.", "engine.", "announce")
+"""Points at which the schedule makes a difference."""
 QUICK = ("folder.name", "transfer.box", "step.update", "checkpoint.manifest", "journal.record")
 _ROW = "{:24} {:>6} {:>8} {:>10} {:>12} {:>12} {:>11}"
 
@@ -66,18 +68,19 @@ def _parse() -> argparse.Namespace:
 
 def _soak(state: State, schedule: str, chain: Chain, num_random: int, options: argparse.Namespace) -> None:
     seconds = chain.begin()
+    for case in cases(chain.reached, options.seed):
+        point = case.fault.point
+        wanted = point in QUICK if options.quick else schedule == "synchronous" or point.startswith(OF_PERIODIC)
+        if wanted and not state.has(schedule, case.name):
+            state.add(schedule, case.name, chain.strike(case))
     for number in range(num_random):
         name = f"random {number}"
         if not state.has(schedule, name):
             starts: list[Start] = []
             while not starts or not (starts[-1].struck or starts[-1].problems):  # until it comes before the end
-                starts.append(chain.kill_at(*random_moment(options.seed, number + 1000 * len(starts), seconds)))
+                after_s, victim = random_moment(options.seed, number + 1000 * len(starts), chain.seconds_left(seconds))
+                starts.append(chain.kill_at(after_s, victim))
             state.add(schedule, name, starts)
-    for case in cases(chain.reached, options.seed):
-        if options.quick and case.fault.point not in QUICK:
-            continue
-        if not state.has(schedule, case.name):
-            state.add(schedule, case.name, chain.strike(case))
     if not state.has(schedule, "to the end"):
         state.add(schedule, "to the end", [chain.start()])
 
