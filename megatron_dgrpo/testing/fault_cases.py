@@ -73,7 +73,7 @@ RARE: dict[str, Case] = {
 
 ELSEWHERE = {
     "device.sum": "buckets on devices: tests/rollout/test_rollout_device_push.py",
-    "export.index": "a model of several files: tests/checkpoint/hf/test_killed_export.py",
+    "export.index": "a model of several files: tests/checkpoint/test_interrupted.py",
     "report.new": "`dgrpo report`: tests/observe/test_report_kill.py",
     "report.name": "`dgrpo report`: tests/observe/test_report_kill.py",
 }
