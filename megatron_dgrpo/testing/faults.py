@@ -135,6 +135,7 @@ def different(run_dir: Path, other: Path) -> list[str]:
         problems.append(f"it has {ours} records, not {theirs}")
     mine, his = (load_file(folder / "hf/model.safetensors") for folder in (run_dir, other))
     names = [name for name in his if name not in mine or not (mine[name] == his[name]).all()]
+    problems += [f"{path.name} is left over" for path in (run_dir / "checkpoints").glob(".*")]
     return problems + [f"{name}: the weights differ" for name in names]
 
 

@@ -69,6 +69,7 @@ ALLOWED: dict[tuple[str, str], str] = {
     ("rollout/engine.py", "begin_update"): OURS,
     ("rollout/inbox.py", "__init__"): OURS,
     ("rollout/transfer.py", "mapped_file"): OURS,
+    ("rollout/workers.py", "_take_names_away"): "names of memory that vLLM's workers share: they have it mapped",
     ("rollout/device_push.py", "push_on_device"): OURS,
 }
 
