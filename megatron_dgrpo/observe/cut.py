@@ -6,7 +6,7 @@ that a run was started, interrupted or failed stays true. What is taken out is a
 
 Happens-before: lines are on the disk beside before they go. Lines that stay are never missing: a file without the
 others is written beside and takes the name in one step. A kill in between leaves all as it was, and some lines twice in
-*.removed.jsonl.
+*.removed.jsonl. Nobody else writes meanwhile: the supervisor has events before the ranks start and after they end.
 """
 
 from __future__ import annotations
