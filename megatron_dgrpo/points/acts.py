@@ -140,12 +140,19 @@ def rename(point: str, path: str | Path, target: str | Path) -> None:
 
 
 def remove(point: str, path: str | Path, *, missing_ok: bool = False) -> None:
-    """A file, or a socket's name."""
-    try:
-        _around(point, lambda: os.unlink(path))
-    except FileNotFoundError:
-        if not missing_ok:
-            raise
+    """A file, or a socket's name. `after` comes also where it was not there."""
+    missing: FileNotFoundError | None = None
+
+    def unlink() -> None:
+        nonlocal missing
+        try:
+            os.unlink(path)
+        except FileNotFoundError as error:
+            missing = error
+
+    _around(point, unlink)
+    if missing is not None and not missing_ok:
+        raise missing
 
 
 def remove_tree(point: str, folder: str | Path, *, ignore_errors: bool = False) -> None:
