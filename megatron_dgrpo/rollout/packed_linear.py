@@ -7,8 +7,9 @@ oneDNN's form of a weight W_NK is blocks of `width` rows, each transposed in uni
 A block has the bytes of its rows, in the same place, so a weight can be packed where it lies: block by block, through
 a buffer of one block. The engine's parameter is a view of oneDNN's memory then. Nothing is allocated at an update, and
 one form of the weight is there at a time. A head is packed beside its plain form, as vLLM does, which a tied embedding
-needs. That oneDNN's form is this one is not assumed: when a model is loaded, each weight that oneDNN has packed itself
-is compared with ours, byte for byte, and one that differs (other shapes, types, processors) stays plain.
+needs; there, the last block may have room to spare. That oneDNN's form is this one is not assumed: when a model is
+loaded, each weight that oneDNN has packed itself is compared with ours, byte for byte, and one that differs (rows that
+fill no block, other types, other processors) stays plain.
 
 A weight's life:
 
@@ -25,6 +26,7 @@ from __future__ import annotations
 
 import ctypes
 import enum
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -44,18 +46,17 @@ class Form(enum.Enum):
 class PackedWeight:
     """What vLLM calls in place of a linear function: x @ weight.T + bias."""
 
-    def __init__(self, opaque: torch.Tensor, memory_NK: torch.Tensor, width: int, in_place: bool) -> None:
+    def __init__(self, opaque: torch.Tensor, memory_MK: torch.Tensor, width: int, in_place: bool) -> None:
         self.form = Form.PACKED
         self.in_place = in_place
         self.times_packed = 1
-        self._opaque, self._memory_NK = opaque, memory_NK
-        self._width = width
+        self._opaque, self._memory_MK, self._width = opaque, memory_MK, width
 
     def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if self.form is not Form.PACKED:
             self.pack(weight)
         if x.numel() == 0:
-            return x.new_empty(*x.shape[:-1], len(self._memory_NK))
+            return x.new_empty(*x.shape[:-1], len(self._opaque))
         return torch.ops.mkldnn._linear_pointwise(x, self._opaque, bias, "none", [], "")  # type: ignore[no-any-return]
 
     def tear(self) -> None:
@@ -70,12 +71,9 @@ class PackedWeight:
     def pack(self, weight: torch.Tensor) -> None:
         if self.form is Form.TORN:
             raise TransferError("A linear layer has parts of two versions: nothing is computed until an update is whole")
-        source_NU = self._memory_NK if self.in_place else _plain(weight)
-        source_NU, target_NU = source_NU.view(_WORD), self._memory_NK.view(_WORD)
-        buffer = source_NU.new_empty(source_NU.shape[1], self._width)
-        for rows, block in zip(source_NU.split(self._width), target_NU.split(self._width), strict=True):
-            buffer.copy_(rows.t())
-            block.view_as(buffer).copy_(buffer)
+        source_NK = self._memory_MK if self.in_place else _plain(weight)
+        for rows, block in _blocks(source_NK, self._memory_MK, self._width):
+            block.copy_(rows.clone())  # of the bytes that are written over, or to transpose within a cache
         self.form = Form.PACKED
         self.times_packed += 1
 
@@ -86,15 +84,17 @@ def pack(layer: Any, in_place: bool) -> PackedWeight | None:
     if not _can_multiply(weight_NK):
         return None
     opaque = torch.ops.mkldnn._reorder_linear_weight(weight_NK, None)
-    if torch.ops.mkldnn._nbytes(opaque) != weight_NK.nbytes:
-        return None  # padded
-    memory_NK = _memory_of(opaque).view(weight_NK.dtype).view(weight_NK.shape)
-    width = _width(weight_NK, memory_NK)
-    if width is None:
-        return None
-    if in_place:
-        layer.weight.data = memory_NK
-    return PackedWeight(opaque, memory_NK, width, in_place)
+    memory = _memory_of(opaque)
+    for width in _WIDTHS:
+        num_rows = -(-len(weight_NK) // width) * width
+        if len(memory) != num_rows * weight_NK[:1].nbytes or (in_place and num_rows != len(weight_NK)):
+            continue
+        memory_MK = memory.view(weight_NK.dtype).view(num_rows, -1)
+        if all(torch.equal(rows.contiguous(), block) for rows, block in _blocks(weight_NK, memory_MK, width)):
+            if in_place:
+                layer.weight.data = memory_MK
+            return PackedWeight(opaque, memory_MK, width, in_place)
+    return None
 
 
 def packed_weights(model: torch.nn.Module) -> list[PackedWeight]:
@@ -105,6 +105,8 @@ def packed_weights(model: torch.nn.Module) -> list[PackedWeight]:
 def _can_multiply(weight_NK: torch.Tensor) -> bool:
     """Whether this build of torch and this processor have oneDNN's products of the weight's type."""
     if not torch.backends.mkldnn.is_available() or weight_NK.is_meta or not weight_NK.is_contiguous():
+        return False
+    if weight_NK[:1].nbytes % _WORD.itemsize:
         return False
     if weight_NK.dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
@@ -127,15 +129,9 @@ def _memory_of(opaque: torch.Tensor) -> torch.Tensor:
     return torch.frombuffer(buffer, dtype=torch.uint8)
 
 
-def _width(plain_NK: torch.Tensor, packed_NK: torch.Tensor) -> int | None:
-    """Of the blocks in which the one is the other; None if it is not."""
-    if plain_NK.shape[1] * plain_NK.element_size() % _WORD.itemsize:
-        return None
-    plain_NU, packed_NU = plain_NK.view(_WORD), packed_NK.view(_WORD)
-    for width in _WIDTHS:
-        if len(plain_NU) % width == 0 and all(
-            torch.equal(rows.t(), block.view(-1, width))
-            for rows, block in zip(plain_NU.split(width), packed_NU.split(width), strict=True)
-        ):
-            return width
-    return None
+def _blocks(
+    plain_NK: torch.Tensor, packed_MK: torch.Tensor, width: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """What a block is of, transposed, and the block, both as words."""
+    pairs = zip(plain_NK.view(_WORD).split(width), packed_MK.view(_WORD).split(width), strict=True)
+    return ((rows_RU.t(), block.view(-1, width)[:, : len(rows_RU)]) for rows_RU, block in pairs)
