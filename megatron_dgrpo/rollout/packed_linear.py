@@ -16,7 +16,7 @@ A weight's life:
     PACKED --first bytes of an update--> TORN --update whole--> PLAIN --first product--> PACKED
 
 It is packed at the first product, and not as its bytes come: transposing takes three times as long as copying, and who
-sends weights would wait for it. A torn weight, old and packed in parts and new and plain in others, is never multiplied.
+sends weights would wait for it. A torn weight, in parts old and packed, in others new and plain, is never multiplied.
 
 vLLM packs with handlers of its own, into memory that oneDNN allocates and nobody can write to. Packing those again at
 each update means new pages for weights of 32 MiB and more, which is ten times slower than memory already touched.
@@ -70,10 +70,10 @@ class PackedWeight:
 
     def pack(self, weight: torch.Tensor) -> None:
         if self.form is Form.TORN:
-            raise TransferError("A linear layer has parts of two versions: nothing is computed until an update is whole")
+            raise TransferError("A linear layer has parts of two versions, and waits for an update to be whole")
         source_NK = self._memory_MK if self.in_place else _plain(weight)
         for rows, block in _blocks(source_NK, self._memory_MK, self._width):
-            block.copy_(rows.clone())  # of the bytes that are written over, or to transpose within a cache
+            block.copy_(rows.clone())  # they may be the very bytes that are written; and a cache holds them
         self.form = Form.PACKED
         self.times_packed += 1
 
@@ -129,9 +129,7 @@ def _memory_of(opaque: torch.Tensor) -> torch.Tensor:
     return torch.frombuffer(buffer, dtype=torch.uint8)
 
 
-def _blocks(
-    plain_NK: torch.Tensor, packed_MK: torch.Tensor, width: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _blocks(plain_NK: torch.Tensor, packed_MK: torch.Tensor, width: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """What a block is of, transposed, and the block, both as words."""
     pairs = zip(plain_NK.view(_WORD).split(width), packed_MK.view(_WORD).split(width), strict=True)
     return ((rows_RU.t(), block.view(-1, width)[:, : len(rows_RU)]) for rows_RU, block in pairs)

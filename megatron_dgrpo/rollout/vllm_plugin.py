@@ -2,10 +2,10 @@
 
 It adds a weight-transfer engine under the name `dgrpo_shm`. In an engine host on CPU, and nowhere else, it also
 
-- packs linear weights so that new ones can be written to them (`packed_linear.py`): vLLM's own packing drops the
-  originals, in memory that nothing can be written to. Those that cannot be packed stay as they are in the checkpoint; in
-  float32 these are multiplied by oneDNN all the same: torch's own linear goes to MKL, which takes twice as long where
-  the processor is not Intel's;
+- packs linear weights in memory that new ones can be written to (`packed_linear.py`), which vLLM's own packing, done
+  when a model is loaded, is not. Those that cannot be packed stay as they are in the checkpoint; in float32 these are
+  multiplied by oneDNN all the same: torch's own linear goes to MKL, which takes twice as long where the processor is
+  not Intel's;
 - keeps seeds right where a prompt is computed in pieces. After each piece vLLM draws a token, throws it away, and winds
   the request's generator back by four, which only CUDA's generators can do; on CPU it raises. Here a request has no
   generator while its prompt is not whole, so that nothing is drawn from it that would have to be given back.

@@ -10,10 +10,10 @@ and are asked in turns for G samples of a prompt that none of them has seen; a c
     bare            vLLM's own LLM.generate, without this package's plugin, with its prefix cache
     bare, packed    the same with linear weights packed as an engine host on CPU packs them, where updates can write
 
-The ratios: host to bare (at least 0.9), to bare, packed (what is left is the host), and to no cache. Tokens are the generated ones. Seconds are processor time
-of the engine's process and its client's together, from the request to the last answer, the prompt's computation
-included: on a machine that does nothing else they are the clock's, which stands beside them, and others do not stretch
-them.
+The ratios: host to bare (at least 0.9), to bare, packed (what is left is the host), and to no cache. Tokens are the
+generated ones. Seconds are processor time of the engine's process and its client's together, from the request to the
+last answer, the prompt's computation included: on a machine that does nothing else they are the clock's, which stands
+beside them, and others do not stretch them.
 """
 
 from __future__ import annotations
