@@ -8,6 +8,8 @@ It runs inside vLLM's worker and is driven through vLLM's own calls, in this ord
                                   them; afterwards the file may be overwritten
     finish_weight_update          fails if a tensor never came; packs experts again, which vLLM does at load time only
 
+Linear layers find their new weights plain, and pack them when they are first used (`packed_linear.py`).
+
 Every tensor of the model must arrive in every update, so an update that finishes leaves nothing of the old weights. One
 that fails leaves the model half old and half new; vLLM would go on generating with it, so its driver must not.
 
@@ -34,6 +36,7 @@ from megatron_dgrpo.errors import TransferError, listing
 from megatron_dgrpo.rollout.buckets import map_shared, piece_shape, rows_of
 from megatron_dgrpo.rollout.checksum import partial_checksum
 from megatron_dgrpo.rollout.loading import Place, copy_rows, find_places, whereabouts
+from megatron_dgrpo.rollout.packed_linear import packed_weights
 
 
 @dataclass
@@ -77,6 +80,7 @@ class SharedMemoryWeightTransferEngine(WeightTransferEngine[SharedMemoryInit, Sh
         headers = read_headers(self.model_config.model)
         self._shapes = {name: header.shape for name, header in headers.items() if "rotary_emb." not in name}
         self._optional = _aliases(model) & self._shapes.keys()
+        self._packed = packed_weights(model)
         self._dtypes = {parameter.dtype for parameter in model.parameters()}
         self._manifest: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         self._places: dict[str, list[Place]] = {}
@@ -128,6 +132,8 @@ class SharedMemoryWeightTransferEngine(WeightTransferEngine[SharedMemoryInit, Sh
         ]
         self._verify(pieces, info.checksums)
         points.reached("engine.bucket")
+        for weight in self._packed:
+            weight.tear()
         for name, start, piece in pieces:
             if start != self._next_row.get(name):
                 raise TransferError(f"{name}: its rows from {start} on came, which is not where it was left")
@@ -142,16 +148,21 @@ class SharedMemoryWeightTransferEngine(WeightTransferEngine[SharedMemoryInit, Sh
                 listing("These tensors never came whole, so the engine has old weights:", sorted(self._next_row))
             )
         points.reached("engine.finish")
-        for module in self.model.modules():  # experts are packed on CPU, and by vLLM only when they are first loaded
-            kernel = getattr(getattr(module, "quant_method", None), "moe_kernel", None)
-            if kernel is not None and hasattr(module, "w13_weight"):
-                kernel.fused_experts.process_weights_after_loading(module)
+        for weight in self._packed:
+            weight.whole()
+        self._pack_experts()
         if whereabouts(self.model) != self._found_for[1]:
             self._places = {}  # of memory that has been left, and should be given back
         self._unmap()
 
     def shutdown(self) -> None:
         self._unmap()
+
+    def _pack_experts(self) -> None:
+        for module in self.model.modules():
+            kernel = getattr(getattr(module, "quant_method", None), "moe_kernel", None)
+            if kernel is not None and hasattr(module, "w13_weight"):
+                kernel.fused_experts.process_weights_after_loading(module)
 
     # ---- where the buckets lie ----
 
