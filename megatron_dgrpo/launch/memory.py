@@ -20,6 +20,7 @@ from megatron_dgrpo.config.schema import AnyStage, Engine, Layout, Model, OnPoli
 from megatron_dgrpo.launch.preflight import BYTES
 from megatron_dgrpo.model.layouts import padding_unit
 from megatron_dgrpo.model.spec import ModelSpec
+from megatron_dgrpo.rollout.fp8_format import weight_bytes
 
 
 @dataclass(frozen=True)
@@ -201,7 +202,7 @@ def engine_memory(engine: Engine, dtype: str, spec: ModelSpec, parameters: int) 
     tp, w = engine.tp, BYTES[dtype]
     per_token = 2 * spec.num_layers * max(1, spec.num_kv_heads // tp) * spec.head_dim * w
     return EngineMemory(
-        weights=-(-parameters * w // tp),
+        weights=-(-(weight_bytes(spec, w) if engine.quantization else parameters * w) // tp),
         kv_cache=engine.kv_cache_bytes,
         kv_per_token=per_token,
         sequences=engine.kv_cache_bytes / (per_token * engine.max_model_len),

@@ -13,6 +13,7 @@ from megatron_dgrpo.config.stages import samplers
 from megatron_dgrpo.errors import ConfigError, ConversionError, listing
 from megatron_dgrpo.model.layouts import layout_problems
 from megatron_dgrpo.model.spec import ModelSpec
+from megatron_dgrpo.rollout.fp8_format import block_problems
 
 BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
 
@@ -69,6 +70,11 @@ def _engine_problems(config: Config, name: str, specs: Mapping[str, ModelSpec], 
             f"{engine.model!r} (max_position_embeddings, or models.{engine.model}.rope); set "
             f"engines.{name}.max_model_len={spec.max_positions} or less, or stretch its rotary embeddings with "
             f"models.{engine.model}.rope"
+        )
+    for problem in block_problems(spec, engine.tp) if engine.quantization else ():
+        yield (
+            f"engines.{name}.quantization: {problem}, and each has one scale; change engines.{name}.tp, or leave "
+            "quantization out"
         )
     needed = kv_bytes(spec, length, BYTES[engine.dtype or config.models[engine.model].dtype], block_size)
     needed //= min(engine.tp, spec.num_kv_heads)

@@ -1,6 +1,7 @@
 """What vLLM loads of this package: an entry point of the group `vllm.general_plugins`, run in each of its processes.
 
-It adds a weight-transfer engine under the name `dgrpo_shm`. In an engine host on CPU, and nowhere else, it also
+It adds a weight-transfer engine under the name `dgrpo_shm`. In an engine host, and nowhere else, it has FP8 weights
+keep their places (`fp8_loading`). In one on CPU it also
 
 - keeps linear weights as they are in the checkpoint: vLLM otherwise packs them for oneDNN when it loads a model, drops
   the originals, and cannot write new weights into a packed tied head. In float32 these are multiplied by oneDNN all the
@@ -35,6 +36,9 @@ def register() -> None:
             BACKEND, "megatron_dgrpo.rollout.device_engine", "DeviceWeightTransferEngine"
         )
     if os.environ.get(HOST_ENV) == "1":
+        from megatron_dgrpo.rollout import fp8_loading
+
+        fp8_loading.install()
         _keep_linear_weights_plain()
         _keep_generators_from_unfinished_prompts()
 
