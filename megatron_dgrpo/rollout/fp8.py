@@ -20,7 +20,7 @@ are on every rank meanwhile: 1 / 16384 of its elements, 17 MB for 70 billion.
 
 This is the only collective of a transfer. It comes before any engine is spoken to, when every rank has its weights, and
 waits for nobody's rollout. A NaN or an infinity is found by it, on all ranks at once: the tensors are named, and no
-byte moves. Elements are quantised later, rows by rows, as a bucket takes them.
+byte moves. Elements are quantised later, as a bucket takes them, a row of blocks at a time.
 
 Axes: `_NK` rows and columns of a box, `_BC` blocks of rows and of columns.
 """
@@ -36,13 +36,11 @@ import torch.distributed as dist
 
 from megatron_dgrpo.checkpoint.hf.shards import WeightShard, WeightSpec
 from megatron_dgrpo.errors import TransferError, listing
-from megatron_dgrpo.rollout.fp8_format import BLOCK, SCALE, is_quantised, scale_shape
+from megatron_dgrpo.rollout.fp8_format import BLOCK, SCALE, is_quantised, num_blocks, scale_shape
 
 FP8 = torch.float8_e4m3fn
 LARGEST = 448.0
 _TINY = torch.finfo(torch.float32).tiny
-_CHUNK = 1 << 21
-"""Elements that are in flight at a time, in float32, with their scales."""
 
 Box = Sequence[Sequence[int]]
 Shards = Callable[[], Iterable[WeightShard]]
@@ -126,30 +124,23 @@ def _scale_of(largest: torch.Tensor) -> torch.Tensor:
     return torch.where(largest == 0, 1.0, (largest / LARGEST).clamp_min(_TINY))
 
 
-def _chunks(box: Box) -> Iterator[tuple[int, int]]:
-    """Rows of a box, as numbers of the whole tensor's, that begin and end with blocks."""
-    (first, last), columns = box[0], max(1, box[1][1] - box[1][0])
-    blocks = max(1, _CHUNK // (BLOCK * columns))
-    edges = range(first // BLOCK + blocks, math.ceil(last / BLOCK), blocks)
-    cuts = [first, *(edge * BLOCK for edge in edges), last]
-    yield from zip(cuts, cuts[1:], strict=False)
-
-
-def _blocks(start: int, stop: int) -> slice:
-    return slice(start // BLOCK, math.ceil(stop / BLOCK))
+def _rows_of_blocks(box: Box) -> Iterator[tuple[int, int, int]]:
+    """A row of blocks after another: its number, and the rows of the tensor that the box has of it."""
+    first, last = box[0]
+    for number in range(first // BLOCK, num_blocks(last)):
+        yield number, max(first, number * BLOCK), min(last, (number + 1) * BLOCK)
 
 
 def _take_largest(local_NK: torch.Tensor, box: Box, largest_BC: torch.Tensor) -> None:
     """Raise the largest |w| of every block to that of the box's part of it; what is not finite counts as infinite."""
     (row, _), (left, right) = box
-    before, after = left % BLOCK, -right % BLOCK
-    for start, stop in _chunks(box):
-        part_NK = local_NK[start - row : stop - row].abs().float()
-        part_NK = torch.nn.functional.pad(part_NK, (before, after, start % BLOCK, -stop % BLOCK))
-        found_BC = part_NK.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK)).amax((1, 3))
-        found_BC = torch.where(found_BC.isnan(), torch.inf, found_BC)
-        target_BC = largest_BC[_blocks(start, stop), _blocks(left, right)]
-        torch.maximum(target_BC, found_BC, out=target_BC)
+    for number, start, stop in _rows_of_blocks(box):
+        largest_K = local_NK[start - row : stop - row].abs().amax(0).float()
+        largest_K = torch.nn.functional.pad(largest_K, (left % BLOCK, -right % BLOCK))
+        found_C = largest_K.unflatten(0, (-1, BLOCK)).amax(1)
+        found_C = torch.where(found_C.isnan(), torch.inf, found_C)
+        target_C = largest_BC[number, left // BLOCK : num_blocks(right)]
+        torch.maximum(target_C, found_C, out=target_C)
 
 
 @torch.no_grad()
@@ -157,12 +148,10 @@ def encode(local_NK: torch.Tensor, box: Box, scales_BC: torch.Tensor) -> torch.T
     """A box of a tensor in FP8, by the scales of the whole tensor's blocks."""
     encoded_NK = torch.empty(local_NK.shape, dtype=FP8, device=local_NK.device)
     (row, _), (left, right) = box
-    for start, stop in _chunks(box):
-        by_block_BC = scales_BC[_blocks(start, stop), _blocks(left, right)]
-        scales_NK = by_block_BC.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
-        scales_NK = scales_NK[start % BLOCK :, left % BLOCK :][: stop - start, : right - left]
-        wide_NK = local_NK[start - row : stop - row].float() / scales_NK
-        encoded_NK[start - row : stop - row] = wide_NK.clamp_(-LARGEST, LARGEST).to(FP8)
+    for number, start, stop in _rows_of_blocks(box):
+        scales_K = scales_BC[number, left // BLOCK : num_blocks(right)].repeat_interleave(BLOCK)
+        wide_NK = local_NK[start - row : stop - row].float() / scales_K[left % BLOCK :][: right - left]
+        encoded_NK[start - row : stop - row].copy_(wide_NK.clamp_(-LARGEST, LARGEST))
     return encoded_NK
 
 

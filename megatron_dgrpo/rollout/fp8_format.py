@@ -11,17 +11,15 @@ an engine's parameters are FP8 is the engine's own matter and is checked there, 
 (`fp8_loading`); the rule here only says what the trainer offers.
 
 vLLM cuts and fuses these tensors and their scales alike, so on every rank of an engine each part of a fused layer has
-to consist of whole blocks. Where it does not, vLLM refuses, or reads the scale of another block; `block_problems` says
-so before.
+to consist of whole blocks. Where it does not, vLLM refuses, or reads the scale of another block; the launcher says so
+before (`launch.preflight`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
-
-from megatron_dgrpo.checkpoint.hf.mapping import rules
-from megatron_dgrpo.model.spec import ModelSpec
 
 BLOCK = 128
 SCALE = "_scale_inv"
@@ -63,26 +61,12 @@ def with_scales(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, .
     return found
 
 
-def weight_bytes(spec: ModelSpec, bytes_per_number: int) -> int:
-    """Of the whole model: FP8 weights, their scales, and what stays as it is."""
+def weight_bytes(tensors: Iterable[tuple[str, Sequence[int]]], bytes_per_number: int) -> int:
+    """Of a model with these tensors: FP8 weights, their scales, and what stays as it is."""
     total = 0
-    for rule in rules(spec):
-        numbers, blocks = 1, 1
-        for length in rule.hf_shape:
-            numbers, blocks = numbers * length, blocks * num_blocks(length)
-        total += numbers + 4 * blocks if is_quantised(rule.hf_name, rule.hf_shape) else numbers * bytes_per_number
+    for name, shape in tensors:
+        if is_quantised(name, shape):
+            total += math.prod(shape) + 4 * math.prod(scale_shape(shape))
+        else:
+            total += math.prod(shape) * bytes_per_number
     return total
-
-
-def block_problems(spec: ModelSpec, tp: int) -> Iterator[str]:
-    """Why a model has no whole blocks on each of so many ranks."""
-    parts = {
-        "hidden size": (spec.hidden_size, 1),
-        "width of the query heads": (spec.num_heads * spec.head_dim, tp),
-        "width of the key-value heads": (spec.num_kv_heads * spec.head_dim, min(tp, spec.num_kv_heads)),
-        "width of the MLP": (spec.ffn_size, tp),
-    }
-    for what, (length, ranks) in parts.items():
-        if length % (BLOCK * ranks):
-            cut = f" over {ranks} ranks" if ranks > 1 else ""
-            yield f"a {what} of {length}{cut} is not cut into whole blocks of {BLOCK}"
