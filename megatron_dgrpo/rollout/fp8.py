@@ -121,7 +121,8 @@ def _scales(
 
 
 def _scale_of(largest: torch.Tensor) -> torch.Tensor:
-    return torch.where(largest == 0, 1.0, (largest / LARGEST).clamp_min(_TINY))
+    by = largest.new_tensor(LARGEST)  # a number would be multiplied by its inverse on GPUs, and round otherwise
+    return torch.where(largest == 0, 1.0, (largest / by).clamp_min(_TINY))
 
 
 def _rows_of_blocks(box: Box) -> Iterator[tuple[int, int, int]]:

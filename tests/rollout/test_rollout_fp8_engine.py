@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from functools import partial
 
 import numpy as np
 import pytest
 from rollout_support import (
+    FP8_EXPERTS,
+    FP8_SIZES,
     PREFIX,
-    VOCAB,
     by_sample,
     difference,
     engine_host,
@@ -25,47 +25,18 @@ from rollout_support import (
     manifest_of,
     push_folder,
     whole_tensors,
+    write_fp8,
 )
 from test_rollout_sharded_updates import DENSE, _student_and_work
 
 from megatron_dgrpo.errors import RolloutError, TransferError
 from megatron_dgrpo.rollout.client import EngineClient
-from megatron_dgrpo.rollout.fp8_format import SCALE, is_quantised, quantisation_config
+from megatron_dgrpo.rollout.fp8_format import SCALE
 from megatron_dgrpo.testing import run_distributed, run_forked
 from megatron_dgrpo.testing.tiny import save_tiny
 
 TOLERANCE = 1e-4
-SIZES = dict(
-    vocab_size=VOCAB, hidden=256, heads=8, kv_heads=4, head_dim=64, layers=2, intermediate=256, std=0.1,
-    random_norms=True,
-)  # fmt: skip
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
 FP8 = {"dtype": "bfloat16", "quantization": "fp8"}
-
-
-def write_fp8(source: str, target: str, widened: str) -> None:
-    """The FP8 folder of a folder, and one with the numbers that it stands for, in float32."""
-    import torch
-    from safetensors.torch import save_file
-
-    from megatron_dgrpo.rollout import fp8
-
-    narrow, wide = {}, {}
-    for name, tensor in whole_tensors(source).items():
-        if is_quantised(name, tensor.shape):
-            narrow[name], narrow[name + SCALE] = fp8.quantise(tensor)
-            wide[name] = fp8.dequantise(narrow[name], narrow[name + SCALE])
-        else:
-            narrow[name] = tensor.to(torch.bfloat16)
-            wide[name] = narrow[name].float()
-    for folder, tensors in ((target, narrow), (widened, wide)):
-        shutil.copytree(source, folder)
-        save_file(tensors, os.path.join(folder, "model.safetensors"), {"format": "pt"})
-    path = os.path.join(target, "config.json")
-    with open(path) as file:
-        config = json.load(file)
-    with open(path, "w") as file:
-        json.dump({**config, "quantization_config": quantisation_config(list(narrow))}, file)
 
 
 def of_fresh_engine(folder: str, tp: int):  # type: ignore[no-untyped-def]
@@ -127,8 +98,8 @@ def train_and_push(rank, world_size, folder, axes, address, key, target):
     ],
 )
 def test_after_updates_an_fp8_engine_is_like_a_fresh_one(family, tied, axes, tp, tmp_path):
-    experts = EXPERTS if family == "Qwen3Moe" else {}
-    folder = str(save_tiny(tmp_path / "trainer", family, tied=tied, **SIZES, **experts))
+    experts = FP8_EXPERTS if family == "Qwen3Moe" else {}
+    folder = str(save_tiny(tmp_path / "trainer", family, tied=tied, **FP8_SIZES, **experts))
     with engine_host(folder, tp=tp, **FP8) as host:
         before = host.client.describe()
         assert (before.quantization, before.whole) == ("fp8", False)
@@ -181,7 +152,7 @@ def push_fp8(rank, world_size, folder, address, key, version, leave_out=()):
 def folders(tmp_path_factory):
     home = tmp_path_factory.mktemp("fp8")
     return [
-        str(save_tiny(home / name, dtype="bfloat16", tied=False, seed=seed, **SIZES))
+        str(save_tiny(home / name, dtype="bfloat16", tied=False, seed=seed, **FP8_SIZES))
         for seed, name in enumerate(("first", "second"))
     ]
 
