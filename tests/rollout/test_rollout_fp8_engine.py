@@ -121,7 +121,7 @@ def test_after_updates_an_fp8_engine_is_like_a_fresh_one(family, tied, axes, tp,
 
 
 def push_fp8(rank, world_size, folder, address, key, version, leave_out=()):
-    """Each rank quantises its half of every tensor. Returns the error's text, or nothing."""
+    """Each rank quantises its share of every tensor. Returns the error's text, or nothing."""
     import torch
     import torch.distributed as dist
 
@@ -161,22 +161,22 @@ def test_weights_that_do_not_fit_an_fp8_engine_are_refused_and_it_stays_as_it_is
     name = "model.layers.1.mlp.down_proj.weight"
     with engine_host(folders[0], **FP8) as host:
         args = folders[0], host.address, host.key
-        assert run_distributed(push_fp8, 2, *args, 1) == ["", ""]
+        assert run_distributed(push_fp8, 1, *args, 1) == [""]
         old = host.answers(greedy())
-        whole = run_distributed(push_folder, 2, *args, 2)  # not quantised
+        whole = run_distributed(push_folder, 1, *args, 2)  # not quantised
         assert all(f"{name}: it is bfloat16, the engine has float8_e4m3fn" in error for error in whole)
         assert all(f"{name}{SCALE}: it is missing" in error for error in whole)
         assert not any("lm_head" in error or "norm" in error for error in whole)
         assert difference(host.answers(greedy()), old) == 0
         assert host.client.describe().weight_version == 1
         for missing in (name + SCALE, name):
-            errors = run_distributed(push_fp8, 2, *args, 3, [missing])
+            errors = run_distributed(push_fp8, 1, *args, 3, [missing])
             assert all(missing + ":" in error and "were written by no rank" in error for error in errors)
             with pytest.raises(RolloutError, match="not whole"):
                 host.answers(greedy())
-        assert run_distributed(push_fp8, 2, folders[1], host.address, host.key, 4) == ["", ""]
+        assert run_distributed(push_fp8, 1, folders[1], host.address, host.key, 4) == [""]
         assert difference(host.answers(greedy()), old) > 100 * TOLERANCE
-        assert run_distributed(push_fp8, 2, *args, 5) == ["", ""]
+        assert run_distributed(push_fp8, 1, *args, 5) == [""]
         assert difference(host.answers(greedy()), old) == 0
 
 
@@ -184,7 +184,7 @@ def test_fp8_weights_do_not_fit_another_engine(folders):
     name = "model.layers.0.self_attn.q_proj.weight"
     with engine_host(folders[0], dtype="bfloat16") as host:
         old = host.answers(greedy())
-        errors = run_distributed(push_fp8, 2, folders[1], host.address, host.key, 1)
+        errors = run_distributed(push_fp8, 1, folders[1], host.address, host.key, 1)
         assert all(f"{name}: it is float8_e4m3fn, the engine has bfloat16" in error for error in errors)
         assert all(f"{name}{SCALE}: the model has no such tensor" in error for error in errors)
         assert difference(host.answers(greedy()), old) == 0
@@ -214,14 +214,14 @@ def test_parameters_that_a_kernel_replaced_can_be_loaded_again(folders):
     for extra in ({}, {"target": PROCESSED, "flip": False}):
         with engine_host(folders[0], **extra, **FP8) as host:
             for version, folder in enumerate(folders, 1):
-                assert run_distributed(push_fp8, 2, folder, host.address, host.key, version) == ["", ""]
+                assert run_distributed(push_fp8, 1, folder, host.address, host.key, version) == [""]
             answers.append(host.answers(greedy()))
     assert difference(*answers) == 0
 
 
 def test_a_kernel_that_moves_weights_is_noticed(folders):
     with engine_host(folders[0], target=PROCESSED, flip=True, **FP8) as host:
-        errors = run_distributed(push_fp8, 2, folders[0], host.address, host.key, 1)
+        errors = run_distributed(push_fp8, 1, folders[0], host.address, host.key, 1)
         assert all("model.layers.0.mlp.down_proj: PlainFp8Linear rearranges weight" in error for error in errors)
         assert all("take another kernel" in error for error in errors)
         with pytest.raises(RolloutError, match="not whole"):
@@ -232,7 +232,7 @@ def test_each_process_of_an_fp8_engine_copies_its_half_of_half_the_bytes(folders
     target, extra = "test_rollout_engine_tp:serve_counted", {"report": str(tmp_path / "count")}
     whole = sum(tensor.nbytes for tensor in whole_tensors(folders[0]).values())
     with engine_host(folders[0], target=target, tp=2, **extra, **FP8) as host:
-        assert run_distributed(push_fp8, 2, folders[1], host.address, host.key, 2) == ["", ""]
+        assert run_distributed(push_fp8, 1, folders[1], host.address, host.key, 2) == [""]
     counts = [json.loads(path.read_text()) for path in tmp_path.glob("count.*")]
     assert len(counts) == 2
     for count in counts:
