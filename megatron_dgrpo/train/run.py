@@ -39,6 +39,7 @@ from megatron_dgrpo.parallel.groups import Groups
 from megatron_dgrpo.rewards.base import Sample
 from megatron_dgrpo.rewards.compose import Settled, settle
 from megatron_dgrpo.rewards.pool import RewardPool
+from megatron_dgrpo.rollout import fp8
 from megatron_dgrpo.rollout.board import Board as StoreBoard
 from megatron_dgrpo.rollout.delivery import deliver, tell_gpu, trainer_side
 from megatron_dgrpo.rollout.journal import Journal
@@ -208,14 +209,18 @@ class Run:
         student's ranks; a replica that is lost meanwhile gets them when it is there again."""
         assert self.student is not None
         settings = self.config.engines[engine]
-        dtype = DTYPES[settings.dtype or self.model.dtype]
+        decoder, dtype = self.student.decoder, DTYPES[settings.dtype or self.model.dtype]
+        shards: fp8.Shards = partial(export_shards, decoder, dtype)
+        weights = manifest(decoder.spec, dtype)
+        if settings.quantization:
+            shards, weights = fp8.quantised(shards, weights, group=self.groups.world, device=platform.device())
         while True:
             pool = self.engines.client(engine) if self.engines else None
             targets = pool.targets(everywhere=everywhere) if pool else []
             try:
                 deliver(
-                    partial(export_shards, self.student.decoder, dtype),
-                    manifest(self.student.decoder.spec, dtype),
+                    shards,
+                    weights,
                     version=self.version,
                     store=dist.PrefixStore(f"weights/{engine}", self.store),
                     group=self.groups.world,
