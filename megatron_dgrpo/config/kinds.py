@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from megatron_dgrpo.config.data import Dataset
+from megatron_dgrpo.config.endings import OnNonFinite, StopOnNonFinite
 from megatron_dgrpo.config.frozen import Frozen
 from megatron_dgrpo.config.mismatch import Mismatch
 from megatron_dgrpo.config.objective import GRPOObjective, KDObjective, Objective, OPDObjective, RolloutObjective
@@ -36,6 +37,9 @@ class Stage(Frozen):
     prompt counts once for all of its responses; a group that is larger is cut into several, each with the prompt."""
     on_overlong: Literal["error", "drop"] = "error"
     """A sequence that is longer than a micro-batch or the model's context ends the run, or is dropped and counted."""
+    on_nonfinite: OnNonFinite = StopOnNonFinite()
+    """What happens when a loss token or the gradient's norm is NaN or infinite, before the update: stop, or skip; a
+    kind's name alone, or a mapping with its settings. Either way stage, step, rank and sample are named."""
 
     @property
     def num_updates(self) -> int:

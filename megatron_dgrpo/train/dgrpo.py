@@ -19,7 +19,7 @@ from megatron_dgrpo.packing.trajectory import Trajectory
 from megatron_dgrpo.packing.trees import name_of, trees
 from megatron_dgrpo.rollout.journal import Trained
 from megatron_dgrpo.train.chunks import chunks
-from megatron_dgrpo.train.finite import finite
+from megatron_dgrpo.train.nonfinite import Guard
 from megatron_dgrpo.train.run import Run
 from megatron_dgrpo.train.saving import Kept, Progress
 from megatron_dgrpo.train.tally import Tally, check_schedule
@@ -33,12 +33,12 @@ def run_dgrpo(run: Run, stage: OnPolicy, number: int, progress: Progress) -> Non
     prompts = run.prompts(stage, number)
     factors = Factors(stage.objective, dgrpo_loss(stage.objective)[0])
     rewarded = isinstance(stage.objective, Rewarded)
-    kind = run.config.stages[number].kind
+    guard = Guard(run, stage, number)
     silent = SilentSteps(rewarded=any(reward.weight for reward in stage.rewards)) if rewarded else None
     student.start_optimizer(stage.optimizer, stage.num_updates)
     if note := shaping_note(stage):
         run.note(note)
-    kept: dict[str, Kept] = {"data": prompts, "factors": factors}
+    kept: dict[str, Kept] = {"data": prompts, "factors": factors, "guard": guard}
     if silent:
         kept["silent"] = silent
     for step in progress.steps(number, kept):
@@ -55,21 +55,24 @@ def run_dgrpo(run: Run, stage: OnPolicy, number: int, progress: Progress) -> Non
             for work in parts:
                 with phases("train"):
                     gradients.add(work)
-            with phases("train"), finite(kind, number, step, update):
+            metrics: dict[str, float] = {}
+            with phases("train"), guard(gradients, parts if isinstance(parts, list) else None, step, update):
                 metrics = gradients.finish(tally.scale)
                 if warning := check_mismatch(stage.mismatch, metrics, f"stages.{number}"):
                     run.note(f"step {step}, update {update}: {warning}", kind="mismatch", level="warning")
                 metrics |= student.update()
-            seen.append(metrics)
-            run.version += 1
-            if run.journal is not None:
-                run.journal.trained(Trained(update, run.version, tally.samples_of(update)))
+                run.version += 1
+                if run.journal is not None:
+                    run.journal.trained(Trained(update, run.version, tally.samples_of(update)))
+            seen += [metrics] if metrics else []
             tally.facts |= {f"reward/{name}": count for name, count in run.reward_failures().items()}
             last = update == len(updates)
-            run.report(number, step, tally.facts | metrics, update=update, phases=phases if last else None)
+            facts = tally.facts | guard.facts
+            run.report(number, step, facts | metrics, update=update, phases=phases if last else None)
         if silent and (words := silent.observe(tally.facts, factors.at(step - 1))):
             run.note(words, kind="silence", level="warning")
-        factors.observe({name: float(np.mean([m[name] for m in seen if name in m])) for name in seen[-1]})
+        if seen:
+            factors.observe({name: float(np.mean([m[name] for m in seen if name in m])) for name in seen[-1]})
 
 
 def _updates(

@@ -47,6 +47,7 @@ class Moment:
     evaluated: bool
     version: int
     updates: int
+    made: int  # of them, the others were skipped
     parts: Mapping[str, Any]
     positions: Mapping[str, int]
     random: dict[str, torch.Tensor]
@@ -110,6 +111,7 @@ class Progress:
             evaluated=evaluated,
             version=run.version,
             updates=run.student.updates if run.student is not None else 0,
+            made=run.student.made if run.student is not None else 0,
             parts={name: part.state() for name, part in self._parts.items()},
             positions=run.records.positions() if run.records is not None else {},
             random=random_states(),
@@ -172,6 +174,7 @@ class Progress:
             "evaluated": now.evaluated,
             "version": now.version,
             "updates": now.updates,
+            "made": now.made,
             "parts": dict(now.parts),
             "positions": dict(now.positions),
             "score": now.score,
@@ -179,7 +182,7 @@ class Progress:
         }
         manifest = Manifest(now.stage, now.step, self._identities, {}, versions=self._versions, score=now.score)
         self._writing = replace(now, random={})
-        self._saver.save(run.student.optimizer if now.updates else None, trainer, manifest)
+        self._saver.save(run.student.optimizer if now.made else None, trainer, manifest)
         self._written, self._saved_at = now.version, time.monotonic()
 
     def _look_after_the_write(self) -> None:
@@ -223,12 +226,12 @@ class Progress:
         return int(trainer["step"]), bool(trainer["evaluated"])
 
     def _load(self, folder: Any, trainer: Mapping[str, Any]) -> None:
-        student, updates = self._run.trained, int(trainer["updates"])
-        lacking = updates and not (folder / OPTIMIZER).is_dir()
+        student, updates, made = self._run.trained, int(trainer["updates"]), int(trainer["made"])
+        lacking = made and not (folder / OPTIMIZER).is_dir()
         if lacking and "optimizer" not in self._run.config.resume.allow:
             raise CheckpointError(
-                f"{folder} has no optimizer state, after {updates} updates: moments would begin at zero. Go on with "
+                f"{folder} has no optimizer state, after {made} updates: moments would begin at zero. Go on with "
                 "another checkpoint, or set resume.allow=[optimizer]"
             )
-        load_training(student.decoder, student.optimizer if updates and not lacking else None, folder)
-        student.resume(0 if lacking else updates)
+        load_training(student.decoder, student.optimizer if made and not lacking else None, folder)
+        student.resume(0 if lacking else updates, 0 if lacking else made)

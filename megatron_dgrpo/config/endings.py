@@ -1,0 +1,31 @@
+"""What a stage does about updates that are not finite, and which figures end it before its last step."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, PositiveInt
+
+from megatron_dgrpo.config.frozen import Frozen
+
+
+class StopOnNonFinite(Frozen):
+    """The run ends before the update."""
+
+    kind: Literal["stop"] = "stop"
+
+
+class SkipNonFinite(Frozen):
+    """The update is left out: weights and the optimizer's state stay as they are to the bit, the count of steps and the
+    learning rate's schedule go on. Counted as skipped_steps."""
+
+    kind: Literal["skip"] = "skip"
+    in_a_row: PositiveInt = 10
+    """So many skipped updates in a row end the run."""
+
+
+def _kind(value: Any) -> Any:
+    return {"kind": value} if isinstance(value, str) else value
+
+
+OnNonFinite = Annotated[StopOnNonFinite | SkipNonFinite, Field(discriminator="kind"), BeforeValidator(_kind)]
