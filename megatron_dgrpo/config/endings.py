@@ -28,4 +28,24 @@ def _kind(value: Any) -> Any:
     return {"kind": value} if isinstance(value, str) else value
 
 
+class StopWhen(Frozen):
+    """A figure that ends the stage."""
+
+    metric: str
+    """Its name in metrics.jsonl: heldout/reward, for example. Steps without it are passed over."""
+    above: float | None = None
+    """The figure has to be above this."""
+    below: float | None = None
+    """Or below this."""
+    in_a_row: PositiveInt = 1
+    """So many figures one after another: evaluations for heldout/*, updates for the others."""
+
+
 OnNonFinite = Annotated[StopOnNonFinite | SkipNonFinite, Field(discriminator="kind"), BeforeValidator(_kind)]
+
+
+def _one(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else (value,) if isinstance(value, dict) else value
+
+
+StopConditions = Annotated[tuple[StopWhen, ...], BeforeValidator(_one)]

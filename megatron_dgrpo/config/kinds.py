@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from megatron_dgrpo.config.data import Dataset
-from megatron_dgrpo.config.endings import OnNonFinite, StopOnNonFinite
+from megatron_dgrpo.config.endings import OnNonFinite, StopConditions, StopOnNonFinite
 from megatron_dgrpo.config.frozen import Frozen
 from megatron_dgrpo.config.mismatch import Mismatch
 from megatron_dgrpo.config.objective import GRPOObjective, KDObjective, Objective, OPDObjective, RolloutObjective
@@ -40,6 +40,8 @@ class Stage(Frozen):
     on_nonfinite: OnNonFinite = StopOnNonFinite()
     """What happens when a loss token or the gradient's norm is NaN or infinite, before the update: stop, or skip; a
     kind's name alone, or a mapping with its settings. Either way stage, step, rank and sample are named."""
+    stop_when: StopConditions = ()
+    """Any of these ends the stage at the end of a step, before its last one; the next stage follows."""
 
     @property
     def num_updates(self) -> int:
