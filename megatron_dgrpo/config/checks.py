@@ -40,8 +40,8 @@ def problems(config: Config) -> list[str]:
     """What is contradictory; touches nothing outside the config."""
     rules: tuple[Callable[[Config], Iterator[str]], ...] = (
         _numbers, _model_names, layouts.problems, stages.teachers, _engines, _data, stages.objectives,
-        stages.optimizers, stages.rewards, stages.batches, stages.schedules, stages.lengths, stages.shaping,
-        metric_names.problems, _checkpoints,
+        stages.optimizers, stages.rewards, stages.batches, stages.schedules, stages.selections, stages.lengths,
+        stages.shaping, metric_names.problems, _checkpoints,
     )  # fmt: skip
     return [problem for rule in rules for problem in rule(config)]
 

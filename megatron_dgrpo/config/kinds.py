@@ -25,6 +25,7 @@ from megatron_dgrpo.config.objective import GRPOObjective, KDObjective, Objectiv
 from megatron_dgrpo.config.optimizer import Adam
 from megatron_dgrpo.config.rewards import Reward
 from megatron_dgrpo.config.sampling import Sampling
+from megatron_dgrpo.config.selection import DynamicSampling, Filter
 
 
 class Stage(Frozen):
@@ -163,7 +164,16 @@ class OnPolicy(Stage):
         return self.uses_teacher and bool(getattr(self, "preflight", False))
 
 
-class DGRPO(OnPolicy):
+class Selective(OnPolicy):
+    """A stage whose rewards may choose its prompts."""
+
+    filter: Filter | None = None
+    """Pass over prompts that were always or never solved (none: ask for all)."""
+    dynamic_sampling: DynamicSampling | None = None
+    """Generate again, with further prompts, where the rewards of a group are all equal (none: such groups stay)."""
+
+
+class DGRPO(Selective):
     """Rewards and a teacher."""
 
     kind: Literal["dgrpo"]
@@ -176,7 +186,7 @@ class DGRPO(OnPolicy):
     about a forward of the teacher. A failed check ends the run."""
 
 
-class GRPO(OnPolicy):
+class GRPO(Selective):
     """Rewards alone."""
 
     kind: Literal["grpo"]

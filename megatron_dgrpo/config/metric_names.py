@@ -12,7 +12,7 @@ from megatron_dgrpo.config.endings import StopWhen
 from megatron_dgrpo.config.explain import nearest
 from megatron_dgrpo.config.objective import Rewarded
 from megatron_dgrpo.config.overlong import Penalise
-from megatron_dgrpo.config.schema import KD, Config, OnPolicy, Stage, Static
+from megatron_dgrpo.config.schema import KD, Config, OnPolicy, Selective, Stage, Static
 
 _OF_TEACHERS = r"teacher_(kl|forward_kl|jsd)/\w+|kl/.+|row/(kl|teacher_mass|outside_mass|removed_mass)"
 
@@ -50,6 +50,10 @@ def figures(config: Config, stage: Stage) -> set[str]:
         found |= {"response/length_above", "response/length_below", "reward/skipped"}
         if stage.rewards:
             found |= {"reward/mean", "reward/std", *(f"reward/score/{reward.label}" for reward in stage.rewards)}
+        if isinstance(stage, Selective) and stage.filter is not None:
+            found |= {"filter/passed_over", "filter/always", "filter/never"}
+        if isinstance(stage, Selective) and stage.dynamic_sampling is not None:
+            found |= {"sampling/rounds", "sampling/dropped", "sampling/wasted_tokens"}
         if isinstance(stage.objective.overlong, Penalise):
             found.add("reward/overlong")
     return found

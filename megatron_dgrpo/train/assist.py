@@ -37,7 +37,7 @@ def _parts(
     """What a step trains on, in shares, chunk by chunk: of rollouts what rank 0 publishes, of static data what every
     rank reads by itself."""
     if isinstance(stage, OnPolicy):
-        for chunk in chunks(run, stage, number, step, (), Phases()):
+        for chunk in chunks(run, stage, number, step, None, Phases()):
             yield shares(run, stage, chunk, {}) if stage.uses_teacher else []
     elif isinstance(stage, Static) and rows is not None:
         yield [next_examples(run, stage, rows)[0]]

@@ -22,6 +22,7 @@ from megatron_dgrpo.train.chunks import chunks
 from megatron_dgrpo.train.nonfinite import Guard
 from megatron_dgrpo.train.run import Run
 from megatron_dgrpo.train.saving import Kept, Progress
+from megatron_dgrpo.train.selection import Selection
 from megatron_dgrpo.train.tally import Tally, check_schedule
 from megatron_dgrpo.train.teaching import preflight, teach
 from megatron_dgrpo.train.update import Gradients, Work, old_logprobs
@@ -31,6 +32,7 @@ def run_dgrpo(run: Run, stage: OnPolicy, number: int, progress: Progress) -> Non
     student = run.trained
     check_schedule(stage)
     prompts = run.prompts(stage, number)
+    selection = Selection(stage, prompts)
     factors = Factors(stage.objective, dgrpo_loss(stage.objective)[0])
     rewarded = isinstance(stage.objective, Rewarded)
     guard = Guard(run, stage, number)
@@ -38,7 +40,7 @@ def run_dgrpo(run: Run, stage: OnPolicy, number: int, progress: Progress) -> Non
     student.start_optimizer(stage.optimizer, stage.num_updates)
     if note := shaping_note(stage):
         run.note(note)
-    kept: dict[str, Kept] = {"data": prompts, "factors": factors, "guard": guard}
+    kept: dict[str, Kept] = {"data": prompts, "factors": factors, "guard": guard, "selection": selection}
     if silent:
         kept["silent"] = silent
     for step in progress.steps(number, kept):
@@ -46,9 +48,9 @@ def run_dgrpo(run: Run, stage: OnPolicy, number: int, progress: Progress) -> Non
         phases = Phases()
         with phases("sync"):
             run.sync(stage.engine)
-        rows = prompts.take(stage.prompts_per_step)
-        tally = Tally(stage, prompts.facts(), run.teacher_names if stage.uses_teacher else ())
-        updates = _updates(run, stage, chunks(run, stage, number, step, rows, phases), tally, factors, step, phases)
+        tally = Tally(stage, {}, run.teacher_names if stage.uses_teacher else ())
+        generated = chunks(run, stage, number, step, selection, phases)
+        updates = _updates(run, stage, generated, tally, factors, step, phases)
         seen: list[dict[str, float]] = []
         for update, parts in enumerate(updates, 1):
             gradients = Gradients(student)
@@ -67,7 +69,7 @@ def run_dgrpo(run: Run, stage: OnPolicy, number: int, progress: Progress) -> Non
             seen += [metrics] if metrics else []
             tally.facts |= {f"reward/{name}": count for name, count in run.reward_failures().items()}
             last = update == len(updates)
-            facts = tally.facts | guard.facts
+            facts = tally.facts | selection.facts | guard.facts
             run.report(number, step, facts | metrics, update=update, phases=phases if last else None)
         if silent and (words := silent.observe(tally.facts, factors.at(step - 1))):
             run.note(words, kind="silence", level="warning")
