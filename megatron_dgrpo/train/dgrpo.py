@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from megatron_dgrpo.packing.trees import name_of, trees
 from megatron_dgrpo.rollout.journal import Trained
 from megatron_dgrpo.train.chunks import chunks
 from megatron_dgrpo.train.nonfinite import Guard
+from megatron_dgrpo.train.rehearsal import rehearse
 from megatron_dgrpo.train.run import Run
 from megatron_dgrpo.train.saving import Kept, Progress
 from megatron_dgrpo.train.selection import Selection
@@ -43,7 +45,12 @@ def run_dgrpo(run: Run, stage: OnPolicy, number: int, progress: Progress) -> Non
     kept: dict[str, Kept] = {"data": prompts, "factors": factors, "guard": guard, "selection": selection}
     if silent:
         kept["silent"] = silent
-    for step in progress.steps(number, kept):
+
+    def dry_work(trajectories: Sequence[Trajectory]) -> Work:
+        dry_tally = Tally(stage, {}, run.teacher_names if stage.uses_teacher else ())
+        return _work(run, stage, dry_tally, trajectories, factors.at(0), 1)
+
+    for step in progress.steps(number, kept, partial(rehearse, run, stage, number, dry_work)):
         run.begin(number, step)
         phases = Phases()
         with phases("sync"):

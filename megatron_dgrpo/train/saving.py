@@ -13,7 +13,7 @@ goes through here in the same order; those without a part of the student save no
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -88,12 +88,15 @@ class Progress:
 
     # ---- the steps ----
 
-    def steps(self, number: int, parts: Mapping[str, Kept] | None = None) -> Iterator[int]:
-        """A stage's steps from where it stands, with its evaluations. `parts` are what has a state there."""
+    def steps(self, number: int, parts: Mapping[str, Kept], rehearsal: Callable[[], None]) -> Iterator[int]:
+        """A stage's steps from where it stands, with its evaluations. `parts` are what has a state there; the rehearsal
+        comes before all else where steps are left."""
         stage = self._run.config.stages[number]
         stopping = self._run.stopping = Stopping(stage.stop_when)
-        self._parts = {**(parts or {}), **({"stopping": stopping} if stage.stop_when else {})}
+        self._parts = {**parts, **({"stopping": stopping} if stage.stop_when else {})}
         step, evaluated, over = self._enter(number)
+        if stage.dry_batch and step < stage.steps and not over:
+            rehearsal()
         self._mark(number, step, evaluated=evaluated, over=over)
         if not evaluated and (over or is_due(self._run, number, step)):
             self._evaluate(number, step, over=over)

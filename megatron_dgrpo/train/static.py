@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 from megatron_dgrpo.algorithms.build import dgrpo_loss, head_options, sft_loss, static_streams
 from megatron_dgrpo.algorithms.factors import Factors
@@ -14,6 +16,7 @@ from megatron_dgrpo.observe.timers import Phases
 from megatron_dgrpo.packing.trajectory import Trajectory
 from megatron_dgrpo.packing.trees import documents, name_of, trees
 from megatron_dgrpo.train.nonfinite import Guard
+from megatron_dgrpo.train.rehearsal import rehearse
 from megatron_dgrpo.train.run import Run
 from megatron_dgrpo.train.saving import Kept, Progress
 from megatron_dgrpo.train.teaching import preflight, teach
@@ -29,7 +32,11 @@ def run_static(run: Run, stage: Static, number: int, progress: Progress) -> None
     kept: dict[str, Kept] = {"data": rows, "guard": guard}
     if factors:
         kept["factors"] = factors
-    for step in progress.steps(number, kept):
+
+    def dry_work(examples: Sequence[Trajectory]) -> Work:
+        return _work(run, stage, examples, factors.at(0) if factors else {}, 1)[0]
+
+    for step in progress.steps(number, kept, partial(rehearse, run, stage, number, dry_work)):
         run.begin(number, step)
         phases = Phases()
         with phases("pack"):
@@ -67,7 +74,7 @@ def next_examples(run: Run, stage: Static, rows: PromptSource) -> tuple[list[Tra
 
 
 def _work(
-    run: Run, stage: Static, examples: list[Trajectory], factors: dict[str, float], step: int
+    run: Run, stage: Static, examples: Sequence[Trajectory], factors: dict[str, float], step: int
 ) -> tuple[Work, dict[str, float]]:
     """This rank's micro-batches, the streams of the whole batch, and its figures. A teacher scores trees."""
     loss = static_loss(stage)
