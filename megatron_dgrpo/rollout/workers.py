@@ -8,14 +8,18 @@ vLLM does by itself:
   it: the host computes nothing then, and keeps to one thread for good.
 - Forked ones ask the kernel to be killed when the host dies, in whatever way it does. A worker of vLLM's own notices a
   closed pipe, and only where it reads it: one that computes, or waits for another worker, goes on.
+- What they share in /dev/shm loses its name as soon as all have it: it goes with the last of them, even if they are
+  killed. vLLM removes it only at an orderly end.
 - A call answers with what went wrong instead of raising. When several workers raise, vLLM's executor reads the first
   answer and leaves the others in their queues, where they are taken for answers to the next call.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
+import re
 import signal
 import sys
 import traceback
@@ -29,6 +33,7 @@ from megatron_dgrpo.errors import DGRPOError, TransferError
 
 _PR_SET_PDEATHSIG = 1
 _THREADS_ENV = "OMP_NUM_THREADS"
+_SHARED = re.compile(r" /dev/shm/vllm_dist_\S*cpushm_\d+$")
 
 
 class HostExecutor(MultiprocExecutor):
@@ -41,6 +46,17 @@ class HostExecutor(MultiprocExecutor):
             torch.set_num_threads(1)
             os.register_at_fork(after_in_child=lambda: _become_worker(os.getppid(), threads))
         super()._init_executor()
+        if current_platform.is_cpu():
+            for worker in self.workers:
+                _take_names_away(worker.proc.pid)
+
+
+def _take_names_away(pid: int) -> None:
+    with open(f"/proc/{pid}/maps") as maps:
+        paths = {line.split(maxsplit=5)[-1].strip() for line in maps if _SHARED.search(line)}
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):  # another worker has it, too
+            os.unlink(path)
 
 
 def die_with(parent: int) -> None:

@@ -103,7 +103,7 @@ def publish(path: str | Path, content: object) -> None:
     os.replace(aside, path)
 
 
-def eventually(condition, within_s: float = 15.0) -> bool:
+def eventually(condition, within_s: float = 60.0) -> bool:
     deadline = time.monotonic() + within_s
     while not (true := condition()) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -144,7 +144,7 @@ def test_a_child_gets_its_arguments_environment_and_log_and_nothing_of_the_serve
         env={"NURSERY_TEST": "yes"},
         log_path=tmp_path / "logs" / "child.log",
     )
-    assert child.wait(10) == 0 and child.poll() == 0
+    assert child.wait(60) == 0 and child.poll() == 0
     found = eval(out.read_text())
     assert found["values"] == {"n": 1, "nested": {"a": [1, None]}}
     assert found["env"] == "yes" and "NURSERY_TEST" not in os.environ
@@ -161,7 +161,7 @@ def test_imports_are_made_once_and_shared(tmp_path, monkeypatch):
     count = tmp_path / "count"
     with Nursery(("costly",), log_path=tmp_path / "server.log", env={"COUNT": str(count)}) as nursery:
         children = [nursery.start(f"c{i}", "costly:use", {}, log_path=tmp_path / "log") for i in range(5)]
-        assert [child.wait(10) for child in children] == [0] * 5
+        assert [child.wait(60) for child in children] == [0] * 5
     assert count.read_text() == "x"
 
 
@@ -199,10 +199,10 @@ def test_imports_that_take_too_long_are_an_error(tmp_path, monkeypatch):
 )
 def test_exit_statuses(nursery, tmp_path, how, status, words, last):
     child = start(nursery, tmp_path, "end", how=how)
-    assert child.wait(10) == status
+    assert child.wait(60) == status
     assert in_words(status) == words
     assert last in child.last_words()
-    assert 0 <= time.monotonic() - child.died_at < 10
+    assert 0 <= time.monotonic() - child.died_at < 60
 
 
 def test_waiting_has_a_limit_and_a_killed_child_says_so(nursery, tmp_path):
@@ -210,7 +210,7 @@ def test_waiting_has_a_limit_and_a_killed_child_says_so(nursery, tmp_path):
     with pytest.raises(LaunchError, match="still runs after 0.1 s"):
         child.wait(0.1)
     child.kill()
-    assert child.wait(10) == -signal.SIGKILL
+    assert child.wait(60) == -signal.SIGKILL
     child.kill()  # nobody is there any more: nothing happens
 
 
@@ -235,7 +235,7 @@ def test_closing_asks_first_and_kills_then(tmp_path):
 
 def test_orphans_of_a_killed_child_finish_their_work_but_do_not_stay(nursery, tmp_path):
     child = start(nursery, tmp_path, "leave_an_heir", pids=str(tmp_path / "pids"), left=str(tmp_path / "left"))
-    assert child.wait(10) == -signal.SIGKILL
+    assert child.wait(60) == -signal.SIGKILL
     pids = published(tmp_path / "pids")
     assert eventually(lambda: all(gone(pid) for pid in pids), within_s=8)
     assert (tmp_path / "left").read_text() == "done\n"
@@ -245,7 +245,7 @@ def test_nothing_outlives_the_server(nursery, tmp_path):
     child = start(nursery, tmp_path, "stay", pids=str(tmp_path / "pids"), leaves_group=False)
     pids = published(tmp_path / "pids")
     os.kill(nursery.server.pid, signal.SIGKILL)
-    assert child.wait(10) == -signal.SIGKILL
+    assert child.wait(60) == -signal.SIGKILL
     assert not nursery.alive and eventually(lambda: all(gone(pid) for pid in pids))
     with pytest.raises(LaunchError, match="was killed by SIGKILL"):
         start(nursery, tmp_path, "report", path=str(tmp_path / "never"))

@@ -99,7 +99,7 @@ def published(path: Path, within_s: float = 60.0):
     return json.loads(path.read_text())
 
 
-def eventually(condition, within_s: float = 15.0) -> bool:
+def eventually(condition, within_s: float = 60.0) -> bool:
     deadline = time.monotonic() + within_s
     while not (true := condition()) and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -139,7 +139,7 @@ def fails(folder: Path, ranks: str, serves: str, act=lambda run: None) -> str:
         start = time.monotonic()
         with pytest.raises(LaunchError) as caught:
             run.watch()
-        assert time.monotonic() - start < 8
+        assert time.monotonic() - start < 60
         assert_nothing_is_left(folder, run.private_dir, run.shm_prefix)
     return str(caught.value)
 
@@ -153,7 +153,7 @@ def test_a_run_that_ends_well_stops_its_engine_and_leaves_only_logs(tmp_path, ca
         assert run.private_dir.stat().st_mode & 0o777 == 0o700 and len(str(run.private_dir)) < 80
         assert len(bytes.fromhex(run.key)) == 32
         launch(run, tmp_path, "return", "serve")
-        run.wait_until((tmp_path / "engine").exists, what="the engine was not ready", timeout_s=10)
+        run.wait_until((tmp_path / "engine").exists, what="the engine was not ready", timeout_s=60)
         run.watch()
         assert run.processes[0].child.returncode is None, "the engine runs until the run is stopped"
     assert signal.getsignal(signal.SIGTERM) is before
@@ -214,7 +214,7 @@ def test_an_import_that_fails_beside_others_is_reported(tmp_path, monkeypatch):
     with Supervisor(tmp_path, preload={"trainer": (), "engine": ("unfit",)}) as run:
         run.prepare("trainer", "engine")
         with pytest.raises(LaunchError, match=r"(?s)could not import unfit.*built for another processor"):
-            run.wait_until(lambda: False, what="nothing", timeout_s=20)
+            run.wait_until(lambda: False, what="nothing", timeout_s=60)
 
 
 def test_a_reader_that_goes_away_does_not_end_the_run(tmp_path):
@@ -261,7 +261,7 @@ def test_a_signal_leaves_nothing(tmp_path, supervise_elsewhere, number, status):
     process = supervise_elsewhere("wait")
     wait_for_all(tmp_path)
     process.send_signal(number)
-    output, _ = process.communicate(timeout=20)
+    output, _ = process.communicate(timeout=60)
     assert process.returncode == status, output
     assert "rank 0 of 2 with 3 threads" in output
     assert_nothing_is_left(tmp_path, *published(tmp_path / "private"))
@@ -271,7 +271,7 @@ def test_what_does_not_stop_is_killed_after_the_grace_and_says_where_it_was(tmp_
     process = supervise_elsewhere("deaf", grace_s=1.0)
     wait_for_all(tmp_path, "deaf0", "deaf1")
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=20)
+    process.communicate(timeout=60)
     assert_nothing_is_left(tmp_path, *published(tmp_path / "private"))
     assert "in rank" in (tmp_path / "logs" / "rank1.log").read_text()
 
@@ -284,7 +284,7 @@ def test_a_second_signal_skips_the_grace(tmp_path, supervise_elsewhere):
     assert eventually(lambda: gone(engine)), "the first signal stops what listens to SIGTERM"
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=20)
+    process.communicate(timeout=60)
     assert_nothing_is_left(tmp_path, *published(tmp_path / "private"))
 
 
@@ -294,7 +294,7 @@ def test_sigkill_leaves_nothing_even_inside_a_collective(tmp_path, supervise_els
     private_dir, shm_prefix = published(tmp_path / "private")
     assert Path(private_dir, "engine.sock").exists() and Path(f"/dev/shm/{shm_prefix}weights").exists()
     process.kill()
-    process.communicate(timeout=20)
+    process.communicate(timeout=60)
     assert_nothing_is_left(tmp_path, private_dir, shm_prefix)
 
 

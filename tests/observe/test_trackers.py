@@ -207,7 +207,7 @@ def test_a_tracker_that_hangs_holds_no_step_up(tmp_path: Path, monkeypatch: pyte
     for step in range(1, 101):
         records.report("sft", 0, step, 1000, {"loss": 1.0})
     records.close()
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 40
     hold.set()
     words = [event["words"] for event in read_events(tmp_path / "events.jsonl").records]
     assert any("was too slow for" in text for text in words) and any("had not sent" in text for text in words)

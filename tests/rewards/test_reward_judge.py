@@ -199,7 +199,7 @@ def test_a_judge_that_is_slow_or_down_ends_in_time(server: Server) -> None:
             assert pool.problems([config(server.url)] * 50) == []
             (problem,) = pool.problems([config(server.url).model_copy(update={"model": "other"})])
             assert "has no model 'other'; it has judge" in problem
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 60
 
 
 def test_many_at_a_time_and_no_more_than_asked_for(server: Server) -> None:

@@ -205,7 +205,7 @@ def test_workers_and_what_they_started_die_with_a_killed_owner() -> None:
     def children() -> set[int]:
         return {child for pid in pids for child in _children(pid)}
 
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while len(children()) < len(pids) and time.monotonic() < deadline:
         time.sleep(0.1)
     family = {*pids, *children()}

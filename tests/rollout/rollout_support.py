@@ -186,7 +186,7 @@ def engine_host(
         if child.poll() not in (None, 0):
             print(child.last_words(80))
         child.kill()
-        child.wait(10)
+        child.wait(60)
         shutil.rmtree(home)
 
 
@@ -237,7 +237,7 @@ def push_folder(
     from megatron_dgrpo.rollout.transfer import push_weights
 
     tensors = whole_tensors(folder)
-    clients = [EngineClient.connect(address, key, deadline_s=20, owner=False)] if rank == 0 else []
+    clients = [EngineClient.connect(address, key, deadline_s=60, owner=False)] if rank == 0 else []
     try:
         push_weights(
             half_shards(tensors, rank, world_size, leave_out),

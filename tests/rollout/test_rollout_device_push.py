@@ -73,7 +73,7 @@ def push(rank, world_size, folder, address, key, version, source, leave_out=(), 
 
         _DevicePush._hand_over = broken
     tensors = whole_tensors(folder)
-    clients = [EngineClient.connect(address, key, deadline_s=20, owner=False)] if rank == 0 else []
+    clients = [EngineClient.connect(address, key, deadline_s=60, owner=False)] if rank == 0 else []
     try:
         push_on_device(
             half_shards(tensors, rank, world_size, leave_out),

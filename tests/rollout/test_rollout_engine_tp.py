@@ -35,6 +35,9 @@ def test_updates_of_an_engine_of_two_processes(of_two):
     with engine_host(of_two[0], tp=2) as host:
         pid, its_workers = host.client.describe().pid, workers_of(host)
         assert len(its_workers) == 2
+        for worker in its_workers:  # nothing in /dev/shm outlives them, even if they are killed
+            shared = [line for line in Path(f"/proc/{worker}/maps").read_text().splitlines() if "cpushm" in line]
+            assert shared and all(line.endswith("(deleted)") for line in shared)
         assert difference(host.answers(greedy()), fresh(of_two[0], greedy())) <= TOLERANCE
         for version in (1, 2):
             folder = of_two[version % 2]
@@ -49,7 +52,7 @@ def test_failures_of_both_processes_leave_the_engine_in_order(untied_folders):
     with engine_host(untied_folders[0], tp=2) as host:
         old = host.answers(greedy())
         with pytest.raises(TransferError, match="lm_head.weight: its shape is") as caught:
-            host.client.begin_update(1, [TensorSpec("lm_head.weight", (160, 64), "float32")], "/x", 64, deadline_s=20)
+            host.client.begin_update(1, [TensorSpec("lm_head.weight", (160, 64), "float32")], "/x", 64, deadline_s=60)
         assert str(caught.value).count("lm_head.weight: its shape is") == 1  # what both say is said once
         assert difference(host.answers(greedy()), old) <= TOLERANCE
         errors = run_distributed(push_folder, 2, untied_folders[1], host.address, host.key, 1, [name])
@@ -66,8 +69,8 @@ def test_workers_die_with_their_host(number, tied_folders):
         its_workers = _children_of(host.child.pid)
         assert len(its_workers) >= 2
         host.child.kill(number)
-        host.child.wait(10)
-        end = time.monotonic() + 5
+        host.child.wait(60)
+        end = time.monotonic() + 60
         while any(os.path.exists(f"/proc/{pid}") for pid in its_workers) and time.monotonic() < end:
             time.sleep(0.01)
         assert not any(os.path.exists(f"/proc/{pid}") for pid in its_workers)

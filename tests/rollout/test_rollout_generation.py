@@ -145,7 +145,7 @@ def test_a_prompt_twice_in_a_call_is_refused(host):
 
 
 def wait_until_idle(host: Host) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while host.client.describe().num_unfinished and time.monotonic() < deadline:
         time.sleep(0.01)
     assert host.client.describe().num_unfinished == 0
@@ -172,7 +172,7 @@ def test_a_deadline_ends_the_wait_and_the_work(host):
 
 
 def die_while_asking(address, key):
-    client = EngineClient.connect(address, key, deadline_s=20, owner=False)
+    client = EngineClient.connect(address, key, deadline_s=60, owner=False)
     client.generate(long_requests(), deadline_s=60)
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -195,8 +195,8 @@ def test_two_clients_get_their_own_answers(host):
 def test_a_wrong_key_is_refused_at_once(host):
     start = time.monotonic()
     with pytest.raises(RolloutError, match="refused this run's key"):
-        EngineClient.connect(host.address, "0" * 64, deadline_s=20)
-    assert time.monotonic() - start < 5
+        EngineClient.connect(host.address, "0" * 64, deadline_s=60)
+    assert time.monotonic() - start < 20
     host.client.describe()  # the refusal is in the log by now
     assert "came with a wrong key" in host.child.last_words()
 
@@ -207,7 +207,7 @@ def test_a_wrong_key_is_refused_at_once(host):
 def test_an_update_must_not_begin_while_samples_are_unfinished(host):
     completions = host.client.generate(long_requests(), deadline_s=60)
     with pytest.raises(RolloutError, match="32 samples are unfinished"):
-        host.client.begin_update(1, [], "/dev/shm/nothing", 64, deadline_s=20)
+        host.client.begin_update(1, [], "/dev/shm/nothing", 64, deadline_s=60)
     completions.close()
     wait_until_idle(host)
     assert host.client.describe().whole and list(completions) == []
@@ -215,9 +215,9 @@ def test_an_update_must_not_begin_while_samples_are_unfinished(host):
 
 def test_an_update_without_a_beginning_is_refused(host):
     with pytest.raises(TransferError, match="No update is under way"):
-        host.client.finish_update(1, deadline_s=20)
+        host.client.finish_update(1, deadline_s=60)
     with pytest.raises(TransferError, match="No update is under way"):
-        host.client.bucket_loaded(host.client.load_bucket(["x"], [0], deadline_s=20), deadline_s=20)
+        host.client.bucket_loaded(host.client.load_bucket(["x"], [0], deadline_s=60), deadline_s=60)
     host.client.abandon_update()
     assert host.client.describe().whole and host.answers([request()])
 
@@ -232,25 +232,25 @@ def begin_and_go(folder, address, key, path, again):
         file.write(content)
     sizes = [t.numel() * 4 for t in tensors.values()]
     offsets = [sum(sizes[:i]) for i in range(len(sizes))]
-    client = EngineClient.connect(address, key, deadline_s=20, owner=False)
+    client = EngineClient.connect(address, key, deadline_s=60, owner=False)
     specs = [TensorSpec(n, tuple(t.shape), "float32") for n, t in tensors.items()]
-    client.begin_update(5, specs, path, len(content), deadline_s=20)
+    client.begin_update(5, specs, path, len(content), deadline_s=60)
     half = len(tensors) // 2
-    client.bucket_loaded(client.load_bucket(list(tensors)[:half], offsets[:half], deadline_s=20), deadline_s=20)
+    client.bucket_loaded(client.load_bucket(list(tensors)[:half], offsets[:half], deadline_s=60), deadline_s=60)
     if not again:
         os.kill(os.getpid(), signal.SIGKILL)
-    other = EngineClient.connect(address, key, deadline_s=20, owner=False)
+    other = EngineClient.connect(address, key, deadline_s=60, owner=False)
     refusals = []
     for question in (
-        lambda: other.finish_update(5, deadline_s=20),
-        lambda: list(other.generate(greedy(1), deadline_s=20)),
+        lambda: other.finish_update(5, deadline_s=60),
+        lambda: list(other.generate(greedy(1), deadline_s=60)),
     ):
         try:
             question()
         except (TransferError, RolloutError) as error:
             refusals.append(str(error))
-    client.bucket_loaded(client.load_bucket(list(tensors)[half:], offsets[half:], deadline_s=20), deadline_s=20)
-    client.finish_update(5, deadline_s=20)
+    client.bucket_loaded(client.load_bucket(list(tensors)[half:], offsets[half:], deadline_s=60), deadline_s=60)
+    client.finish_update(5, deadline_s=60)
     return refusals
 
 
@@ -258,7 +258,7 @@ def test_a_client_that_dies_in_an_update_leaves_an_engine_that_refuses(host, unt
     old = host.answers(greedy(1))
     with pytest.raises(AssertionError, match="SIGKILL"):
         run_forked(begin_and_go, untied_folders[0], host.address, host.key, str(tmp_path / "file"), False)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while host.client.describe().whole and time.monotonic() < deadline:
         time.sleep(0.01)
     with pytest.raises(RolloutError, match="not whole: an update after version 0 is half done or has failed"):
@@ -317,7 +317,7 @@ def test_an_engine_that_breaks_says_so_to_all_who_wait_and_ends(untied_folders):
         for completions in waiting:
             with pytest.raises(RolloutError, match="the engine broke while generating: RuntimeError: the cable|closed"):
                 next(completions)
-        thread.join(20)
+        thread.join(60)
     assert "the cable came off" in ends[0]
 
 
@@ -329,7 +329,7 @@ def test_a_host_ends_with_its_last_owner(untied_folders):
         host.client.close()
         assert second.describe().whole
         second.close()
-        assert host.child.wait(10) == 0
+        assert host.child.wait(60) == 0
 
 
 def test_a_killed_host_is_an_error_that_names_it_and_one_told_to_stop_stops(untied_folders):
@@ -344,6 +344,6 @@ def test_a_killed_host_is_an_error_that_names_it_and_one_told_to_stop_stops(unti
         killer.join()
     with engine_host(untied_folders[0]) as host:
         host.connect().shutdown()
-        assert host.child.wait(10) == 0
+        assert host.child.wait(60) == 0
         with pytest.raises(RolloutError, match="closed the connection"):
             host.client.describe()

@@ -19,7 +19,7 @@ def three(tmp_path):
     links = []
     for rank in range(3):
         store = torch.distributed.FileStore(str(tmp_path / "store"), 3)
-        links.append(Links(Board(store, "topic", rank=rank, num_ranks=3, deadline_s=10)))
+        links.append(Links(Board(store, "topic", rank=rank, num_ranks=3, deadline_s=60)))
     yield links, links[0].open(str(tmp_path / "socket"))
     for link in links:
         link.close()

@@ -55,7 +55,7 @@ def push_over_the_wire(rank, world_size, folder, address, key, version, leave_ou
 
     client_module._PART_BYTES = 10_000  # several parts to a bucket
     tensors = whole_tensors(folder)
-    clients = [EngineClient.connect(address, key, deadline_s=20, owner=False)] if rank == 0 else []
+    clients = [EngineClient.connect(address, key, deadline_s=60, owner=False)] if rank == 0 else []
     receivers = [DiesAt(c, dies_at) if dies_at else WireReceiver(c) for c in clients]
     try:
         push_weights(
@@ -108,7 +108,7 @@ def test_a_trainer_killed_within_a_bucket_leaves_the_engine_refusing(untied_fold
     with engine_host(untied_folders[0], address=address) as host:
         with pytest.raises(RankError):
             run_distributed(push_over_the_wire, 2, untied_folders[1], address, host.key, 1, (), 6)
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while (info := host.client.describe()).whole and time.monotonic() < deadline:
             time.sleep(0.05)
         assert not info.whole and info.weight_version == 0

@@ -186,7 +186,7 @@ def supervise(
     kv_cache_bytes: int = 2**26,
 ) -> None:
     """Run it to its end."""
-    with Supervisor(folder, echo=None, preload={"trainer": (), "engine": ENGINE_PRELOAD}) as run:
+    with Supervisor(folder, preload={"trainer": (), "engine": ENGINE_PRELOAD}) as run:
         run.prepare("engine")
         names = host_names("student", replicas)
         sockets = [run.private_dir / f"{name}.sock" for name in names]

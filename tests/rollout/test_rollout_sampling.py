@@ -124,7 +124,7 @@ def batch(count=5):
 
 
 def die_in_the_middle(address, key):
-    client = EngineClient.connect(address, key, deadline_s=20, owner=False)
+    client = EngineClient.connect(address, key, deadline_s=60, owner=False)
     answers = client.generate(batch(), deadline_s=60)
     for _ in range(6):
         next(answers)

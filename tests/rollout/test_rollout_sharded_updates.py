@@ -59,7 +59,7 @@ def train_and_push(rank, world_size, folder, axes, address, key, target):
     student, work = _student_and_work(folder, axes)
     decoder = student.decoder
     dtype = decoder.config.params_dtype
-    client = EngineClient.connect(address, key, deadline_s=20, owner=False) if rank == 0 else None
+    client = EngineClient.connect(address, key, deadline_s=60, owner=False) if rank == 0 else None
     seen = []
     for version in (1, 2):
         for _ in range(2):

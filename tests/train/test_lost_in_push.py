@@ -110,5 +110,5 @@ def test_a_push_is_made_again_when_the_engine_is_back_and_only_then(files: Path,
         over.set()
         keeper.join()
         hosts[-1].kill()
-        hosts[-1].wait(10)
+        hosts[-1].wait(60)
     assert not list(Path("/dev/shm").glob("dgrpo-push-*"))

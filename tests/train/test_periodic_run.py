@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from test_loop import _descendants, _named
 
 from megatron_dgrpo.config.loader import load
-from megatron_dgrpo.errors import ConfigError
+from megatron_dgrpo.errors import ConfigError, RolloutError
 from megatron_dgrpo.launch.run import train
 from megatron_dgrpo.observe.metrics import read_metrics
 from megatron_dgrpo.rollout.journal import read_step, steps
@@ -94,6 +100,48 @@ def test_every_sample_is_of_one_version_journalled_and_trained_on_once(files: Pa
         assert record["response/length"] == pytest.approx(sum(lengths) / len(lengths))
         assert record["tokens"] == sum(lengths) + sum(len(t.prompt_tokens) for t in found.trajectories)
         assert record["loss_tokens"] == (sum(lengths) if stage else record["loss_tokens"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.long)])
+def test_an_engine_that_is_lost_while_the_trainer_trains_answers_for_what_is_left(
+    files: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], number: int
+) -> None:
+    """Lost after some groups are there: those stay, the others come from the same weights, and each is used once."""
+    config = _config(files, tmp_path / "run")
+    config["stages"] = [config["stages"][1] | {"prompts_per_step": 2 * PROMPTS}]
+    config["engines"]["rollout"] |= {"max_num_seqs": 1, "hang_timeout_s": 4.0}
+    rollouts = tmp_path / "run/rollouts"
+    lost: list[int] = []
+
+    def lose() -> None:
+        deadline = time.monotonic() + 150
+        while (0, 2) not in steps(rollouts) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        while not lost and time.monotonic() < deadline:
+            with contextlib.suppress(RolloutError):  # it is being begun
+                if groups := read_step(rollouts, 0, 2).groups:
+                    lost.append(len(groups))
+            time.sleep(0.002)
+        (engine,) = _named(_descendants(os.getpid()), "engine-rollout")
+        os.kill(engine, number)
+
+    thread = threading.Thread(target=lose)
+    thread.start()
+    assert train(_load(tmp_path, config)) == 0
+    thread.join()
+    said = capfd.readouterr().out
+    assert "engine-rollout is lost in the middle of a batch" in said and "it is started again" in said
+    assert lost and lost[0] < 2 * PROMPTS, "it was lost too late"
+    updates = [r for r in read_metrics(tmp_path / "run/metrics.jsonl").records if "update" in r]
+    assert [r["step"] for r in updates] == [1, 2, 3]
+    assert all(r["mismatch/max"] <= 1e-4 and r["groups"] == 2 * PROMPTS for r in updates)
+    for step, version in ((1, 0), (2, 1), (3, 2)):
+        found = read_step(rollouts, 0, step)
+        samples = [(t.prompt_id, t.sample) for t in found.trajectories]
+        assert found.generated and found.finished and found.attempts == 1 and not found.untrained
+        assert len(samples) == len(set(samples)) == 2 * PROMPTS * GROUP
+        assert sorted(sample for update in found.trained for sample in update.samples) == sorted(samples)
+        assert {v for t in found.trajectories for s in t.segments for v in s.weight_versions.tolist()} == {version}
 
 
 def test_what_the_periodic_schedule_cannot_do_is_said_at_once(files: Path, tmp_path: Path) -> None:
