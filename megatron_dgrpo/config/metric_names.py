@@ -30,9 +30,13 @@ def _problems(config: Config, stage: Stage, condition: StopWhen) -> Iterator[str
     if name.startswith("heldout/") and config.evaluation is None:
         yield f"metric: {name} comes from evaluations, and there is no section evaluation; add one"
         return
-    known = figures(config, stage)
-    if name not in known and not re.fullmatch("|".join(_forms(stage)), name.partition("@")[0]):
-        yield f"metric: this stage reports no {name!r}{nearest(name, known)}"
+    if not is_reported(config, stage, name):
+        yield f"metric: this stage reports no {name!r}{nearest(name, figures(config, stage))}"
+
+
+def is_reported(config: Config, stage: Stage, name: str) -> bool:
+    """Whether a stage may report a figure of this name."""
+    return name in figures(config, stage) or bool(re.fullmatch("|".join(_forms(stage)), name.partition("@")[0]))
 
 
 def figures(config: Config, stage: Stage) -> set[str]:

@@ -81,8 +81,8 @@ def rehearse(run: Run, stage: Stage, number: int, make: Make | None) -> None:
     peaks = _of_all_ranks(peak)
     most = max(range(len(peaks)), key=peaks.__getitem__)
     run.note(
-        f"stage {number} ({run.config.stages[number].kind}): a batch of the largest size fits: {size.words}, {packed} "
-        f"of rank 0, in {time.monotonic() - began:.1f} s; {peaks[most] / 2**30:.2f} GiB at most (rank {most})",
+        f"stage {number} ({run.config.stages[number].kind}): a batch of the largest size fits: {size.words}, in "
+        f"{packed}, in {time.monotonic() - began:.1f} s; {peaks[most] / 2**30:.2f} GiB at most (rank {most})",
         kind="memory",
     )
 
@@ -97,7 +97,7 @@ def _go_through(run: Run, stage: Stage, size: Size, make: Make | None) -> tuple[
     if make is not None:
         work = replace(make(trajectories), lessons=lessons)
         most = max(layout.num_tokens for layout in work.layouts)
-        packed = f"{len(work.layouts)} micro-batches of up to {most:,} tokens"
+        packed = f"micro-batches of up to {most:,} tokens ({len(work.layouts)} on rank {run.rank})"
         held = _held(run.trained, stage, lessons, size)
         Gradients(run.trained).add(work)
         run.trained.reduce_gradients()

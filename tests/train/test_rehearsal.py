@@ -208,5 +208,8 @@ def test_a_run_is_the_same_to_the_bit_with_it_and_without(files: Path, tmp_path:
     assert figures[True] == figures[False] and _hash(tmp_path / "True") == _hash(tmp_path / "False")
     static, rollouts = _said(tmp_path / "True", "memory")
     assert "stage 0 (sft): a batch of the largest size fits: 8 x (a prompt of " in static
-    assert "4 x (a prompt of 28 tokens and 4 responses of 4), 1 micro-batches of up to 176 tokens" in rollouts
+    assert (
+        "4 x (a prompt of 28 tokens and 4 responses of 4), in micro-batches of up to 176 tokens (1 on rank 0)"
+        in rollouts
+    )
     assert _said(tmp_path / "False", "memory") == []
