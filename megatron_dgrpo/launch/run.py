@@ -6,6 +6,7 @@ import json
 import time
 from pathlib import Path
 
+from megatron_dgrpo import points
 from megatron_dgrpo.config.checks import check_files
 from megatron_dgrpo.config.loader import dump
 from megatron_dgrpo.config.schema import Config, OnPolicy
@@ -79,7 +80,9 @@ def _make_run_dir(config: Config) -> Path:
     resolved = Path(config.run_dir) / "config.yaml"
     try:
         resolved.parent.mkdir(parents=True, exist_ok=True)
-        resolved.write_text(dump(config), encoding="utf-8")
+        aside = resolved.with_name(".config.yaml.new")
+        points.write_file("config.new", aside, dump(config).encode(), synced=False)
+        points.rename("config.name", aside, resolved)
         write_environment(resolved.parent)
     except OSError as error:
         raise ConfigError(f"run_dir: {config.run_dir} can't be written ({error}): name another folder") from None

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_dgrpo import points
 from megatron_dgrpo.errors import DGRPOError
 
 FILE = "events.jsonl"
@@ -33,13 +34,11 @@ class EventLog:
         record = {"time": time.time(), "level": level, "kind": kind, **where, "words": words}
         line = json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        file = points.open_file("events.open", self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         try:
             size = os.fstat(file).st_size
             torn = size > 0 and os.pread(file, 1, size - 1) != b"\n"
-            rest = memoryview(b"\n" * torn + line)
-            while rest:
-                rest = rest[os.write(file, rest) :]
+            points.write("events.line", file, b"\n" * torn + line)
         finally:
             os.close(file)
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_dgrpo import points
 from megatron_dgrpo.errors import DataError
 
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -26,7 +27,7 @@ class MetricsWriter:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        self._file = points.open_file("metrics.open", self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         self.torn_bytes = self._cut_torn_line()
         """Bytes of an unfinished last line that were there before, and are gone."""
 
@@ -40,7 +41,8 @@ class MetricsWriter:
                 end = start + found + 1
                 break
             end = start
-        os.ftruncate(self._file, end)
+        if end < size:
+            points.cut("metrics.torn", self._file, end)
         return size - end
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -48,9 +50,7 @@ class MetricsWriter:
         line = json.dumps(
             {key: _plain(key, value) for key, value in record.items()}, allow_nan=False, ensure_ascii=False
         )
-        rest = memoryview(line.encode("utf-8") + b"\n")
-        while rest:
-            rest = rest[os.write(self._file, rest) :]
+        points.write("metrics.line", self._file, line.encode("utf-8") + b"\n")
 
     @property
     def position(self) -> int:
@@ -59,7 +59,7 @@ class MetricsWriter:
 
     def sync(self) -> None:
         """What was written survives the machine."""
-        os.fsync(self._file)
+        points.sync("metrics.sync", self._file)
 
     def close(self) -> None:
         os.close(self._file)

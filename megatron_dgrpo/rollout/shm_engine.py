@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 
+from megatron_dgrpo import points
 from megatron_dgrpo.checkpoint.hf.headers import read_headers
 from megatron_dgrpo.errors import TransferError, listing
 from megatron_dgrpo.rollout.buckets import map_shared, piece_shape, rows_of
@@ -126,6 +127,7 @@ class SharedMemoryWeightTransferEngine(WeightTransferEngine[SharedMemoryInit, Sh
             for name, (start, stop), offset in zip(info.names, rows, info.offsets, strict=True)
         ]
         self._verify(pieces, info.checksums)
+        points.reached("engine.bucket")
         for name, start, piece in pieces:
             if start != self._next_row.get(name):
                 raise TransferError(f"{name}: its rows from {start} on came, which is not where it was left")
@@ -139,6 +141,7 @@ class SharedMemoryWeightTransferEngine(WeightTransferEngine[SharedMemoryInit, Sh
             raise TransferError(
                 listing("These tensors never came whole, so the engine has old weights:", sorted(self._next_row))
             )
+        points.reached("engine.finish")
         for module in self.model.modules():  # experts are packed on CPU, and by vLLM only when they are first loaded
             kernel = getattr(getattr(module, "quant_method", None), "moe_kernel", None)
             if kernel is not None and hasattr(module, "w13_weight"):

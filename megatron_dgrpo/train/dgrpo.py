@@ -8,6 +8,7 @@ from functools import partial
 
 import numpy as np
 
+from megatron_dgrpo import points
 from megatron_dgrpo.algorithms.build import dgrpo_loss, head_options
 from megatron_dgrpo.algorithms.factors import Factors
 from megatron_dgrpo.algorithms.mismatch import check_mismatch
@@ -64,6 +65,7 @@ def run_dgrpo(run: Run, stage: OnPolicy, number: int, progress: Progress) -> Non
             for work in parts:
                 with phases("train"):
                     gradients.add(work)
+                points.reached("step.part")
             metrics: dict[str, float] = {}
             with phases("train"), guard(gradients, parts if isinstance(parts, list) else None, step, update):
                 metrics = gradients.finish(tally.scale)
@@ -71,8 +73,10 @@ def run_dgrpo(run: Run, stage: OnPolicy, number: int, progress: Progress) -> Non
                     run.note(f"step {step}, update {update}: {warning}", kind="mismatch", level="warning")
                 metrics |= student.update()
                 run.version += 1
+                points.reached("step.update")
                 if run.journal is not None:
                     run.journal.trained(Trained(update, run.version, tally.samples_of(update)))
+                    points.reached("step.journal")
             seen += [metrics] if metrics else []
             tally.facts |= {f"reward/{name}": count for name, count in run.reward_failures().items()}
             last = update == len(updates)

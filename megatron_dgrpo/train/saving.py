@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from megatron_dgrpo import points
 from megatron_dgrpo.checkpoint.manifest import OPTIMIZER, Manifest
 from megatron_dgrpo.checkpoint.training import Saver, load_training
 from megatron_dgrpo.errors import CheckpointError
@@ -103,7 +104,9 @@ class Progress:
         if over or (stage.stop_when and self._agreed_over(number, step)):
             return
         for following in range(step + 1, stage.steps + 1):
+            points.reached("step.begin")
             yield following
+            points.reached("step.end")
             self._mark(number, following, evaluated=False)
             self._evaluate_if_due(number, following)
             order = self._order(last=following == stage.steps)
@@ -289,5 +292,7 @@ class Progress:
                 f"{folder} has no optimizer state, after {made} updates: moments would begin at zero. Go on with "
                 "another checkpoint, or set resume.allow=[optimizer]"
             )
+        points.reached("resume")
         load_training(student.decoder, student.optimizer if made and not lacking else None, folder)
         student.resume(0 if lacking else updates, 0 if lacking else made)
+        points.reached("load")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
+from megatron_dgrpo import points
 from megatron_dgrpo.algorithms.build import dgrpo_loss, head_options, sft_loss, static_streams
 from megatron_dgrpo.algorithms.factors import Factors
 from megatron_dgrpo.algorithms.losses import Loss
@@ -57,6 +58,7 @@ def run_static(run: Run, stage: Static, number: int, progress: Progress) -> None
                 metrics = gradients.finish()
                 metrics |= student.update()
                 run.version += 1
+                points.reached("step.update")
         run.report(number, step, facts | guard.facts | metrics, phases=phases)
 
 
