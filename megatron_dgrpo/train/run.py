@@ -51,6 +51,7 @@ from megatron_dgrpo.train.engines import Engines
 from megatron_dgrpo.train.epochs import prompt_source
 from megatron_dgrpo.train.options import DTYPES, build_options
 from megatron_dgrpo.train.orders import Ended, Order, Waiting
+from megatron_dgrpo.train.stopping import Stopping
 from megatron_dgrpo.train.student import Student
 from megatron_dgrpo.train.teachers import Teachers
 
@@ -73,6 +74,7 @@ class Run:
     teacher_groups: tuple[Groups, ...] = ()
     teachers: Teachers | None = None
     waiting: Waiting | None = None  # on rank 0
+    stopping: Stopping | None = None  # of the stage
     versions: dict[str, int] = field(default_factory=dict)  # of the weights that each engine has
     version: int = 0  # of the student's weights: the number of updates so far
     _failed: dict[str, float] = field(default_factory=dict)  # of rewards, since it was last asked for
@@ -331,6 +333,8 @@ class Run:
         if self.records is not None:
             settings = self.config.stages[stage]
             self.records.report(settings.kind, stage, step, settings.steps, values, update=update, phases=phases)
+            if self.stopping is not None:
+                self.stopping.observe(values)
 
     def note(self, words: str, *, kind: str = "note", level: Level = "info") -> None:
         """Something else than a figure: onto the console and into events.jsonl."""
