@@ -31,8 +31,9 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.optimizer import MegatronOptimizer
 
+from megatron_dgrpo import points
 from megatron_dgrpo.checkpoint.agree import agreed
-from megatron_dgrpo.checkpoint.aside import readable, sync_folder, write_synced, written_aside
+from megatron_dgrpo.checkpoint.aside import readable, written_aside
 from megatron_dgrpo.checkpoint.manifest import (
     MANIFEST,
     OPTIMIZER,
@@ -115,6 +116,7 @@ class Saver:
         needed = torch.tensor(_bytes(weights) + _bytes(state or {}), dtype=torch.int64)
         dist.all_reduce(needed, group=self._group)
         blocked_s = time.monotonic() - began
+        points.reached("save.snapshot")
         job = _Job(target, weights, state, trainer, manifest, int(needed), began, blocked_s)
         if self._asynchronous:
             self._thread = threading.Thread(target=self._run, args=(job,), name="checkpoint", daemon=True)
@@ -138,6 +140,7 @@ class Saver:
     def _run(self, job: _Job) -> None:
         try:
             self._write(job)
+            points.reached("save.done")
             total_s = time.monotonic() - job.began
             blocked_s = job.blocked_s if self._asynchronous else total_s
             self._saved = Saved(job.target, job.needed, blocked_s, total_s)
@@ -150,7 +153,8 @@ class Saver:
             write_megatron(self._decoder, job.weights, self._source, aside, target, job.needed, group=group)
             with agreed(group), readable(target, job.needed):
                 if dist.get_rank(group) == 0:
-                    write_synced(aside / TRAINER, (json.dumps(job.trainer, indent=1) + "\n").encode())
+                    content = (json.dumps(job.trainer, indent=1) + "\n").encode()
+                    points.write_file("checkpoint.trainer", aside / TRAINER, content)
                     if job.optimizer is not None:
                         (aside / OPTIMIZER).mkdir()
             if job.optimizer is not None:
@@ -163,6 +167,7 @@ class Saver:
     def _write_manifest(self, job: _Job, aside: Path) -> None:
         rank, size = dist.get_rank(self._group), dist.get_world_size(self._group)
         mine: dict[str, tuple[int, str]] = {}
+        points.reached("save.hash")
         with agreed(self._group), readable(job.target, job.needed):
             names = [path for path in contents(aside) if path.parent != aside or not path.name.startswith(".")]
             mine = {str(path.relative_to(aside)): hash_file(path) for path in names[rank::size]}
@@ -171,8 +176,9 @@ class Saver:
         with agreed(self._group), readable(job.target, job.needed):
             if rank == 0:
                 files = {name: found for each in everyone for name, found in each.items()}
-                write_synced(aside / MANIFEST, replace(job.manifest, files=dict(sorted(files.items()))).encode())
-                sync_folder(aside)
+                content = replace(job.manifest, files=dict(sorted(files.items()))).encode()
+                points.write_file("checkpoint.manifest", aside / MANIFEST, content)
+                points.sync_folder("checkpoint.sync", aside)
 
 
 def load_training(decoder: Decoder, optimizer: MegatronOptimizer | None, folder: Path) -> Trainer:

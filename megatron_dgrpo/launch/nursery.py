@@ -103,6 +103,22 @@ class Child:
         return last_lines(self.log_path, lines)
 
 
+def start_server(
+    preload: Sequence[str], theirs: socket.socket, log_path: Path, env: Mapping[str, str]
+) -> subprocess.Popen[bytes]:
+    """The process of a server, which is going to be told to import `preload`. `theirs` is its end of the socket."""
+    with open(log_path, "ab") as log:
+        return subprocess.Popen(
+            [sys.executable, nursery_server.__file__, str(theirs.fileno())],
+            pass_fds=(theirs.fileno(),),
+            env={**os.environ, **env},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,  # a Ctrl-C in the terminal is the owner's to deal with
+        )
+
+
 class Nursery:
     """A server process with its imports, and the children it forked.
 
@@ -129,16 +145,8 @@ class Nursery:
         self._buffer = b""
         self._asked_at: float | None = None
         self._socket, theirs = socket.socketpair()
-        with theirs, open(log_path, "ab") as log:
-            self.server = subprocess.Popen(
-                [sys.executable, nursery_server.__file__, str(theirs.fileno())],
-                pass_fds=(theirs.fileno(),),
-                env={**os.environ, **(env or {})},
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,  # a Ctrl-C in the terminal is the owner's to deal with
-            )
+        with theirs:
+            self.server = start_server(preload, theirs, log_path, env or {})
         self.send(
             sys_path=[path or os.getcwd() for path in sys.path],
             preload=list(preload),

@@ -299,9 +299,13 @@ def _run(target: str, args: dict[str, Any]) -> int:
 
 
 def main() -> None:
+    be_server(socket.socket(fileno=int(sys.argv[1])))
+
+
+def be_server(control: socket.socket) -> NoReturn:
+    """Serve the owner at the other end, until it is gone."""
     for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
-    control = socket.socket(fileno=int(sys.argv[1]))
     control.set_inheritable(False)
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     server = Server(control)

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from megatron_dgrpo import points
 from megatron_dgrpo.checkpoint.identity import identities as of_models_and_data
 from megatron_dgrpo.checkpoint.manifest import Manifest, OtherFormatError, changed, checkpoints, read_manifest
 from megatron_dgrpo.checkpoint.pruning import damaged
@@ -34,7 +35,7 @@ def locked(run_dir: str | Path) -> Iterator[None]:
     path = Path(run_dir) / LOCK
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        file = points.open_file("lock.open", path, os.O_RDWR | os.O_CREAT)
     except OSError as error:
         raise ConfigError(f"run_dir: {run_dir} can't be written ({error.strerror}): name another folder") from None
     try:
@@ -46,9 +47,9 @@ def locked(run_dir: str | Path) -> Iterator[None]:
                 f"{run_dir} is in use: {holder} runs there. Wait for it, end it, or name another run_dir"
             ) from None
         _check_room(run_dir)
-        os.ftruncate(file, 0)
+        points.cut("lock.clear", file, 0)
         with contextlib.suppress(OSError):  # who it is that runs there is for the one who is refused
-            os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+            points.write_at("lock.owner", file, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         yield
     finally:
         os.close(file)

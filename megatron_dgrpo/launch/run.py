@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
 from pathlib import Path
 
+from megatron_dgrpo import points
 from megatron_dgrpo.config.checks import check_files
 from megatron_dgrpo.config.loader import dump
 from megatron_dgrpo.config.schema import Config, OnPolicy
@@ -89,12 +89,10 @@ def _make_run_dir(config: Config) -> Path:
     fresh = resolved.with_name(".config.yaml.new")  # an earlier run's stays whole where the disk is full
     try:
         resolved.parent.mkdir(parents=True, exist_ok=True)
-        fresh.write_text(dump(config), encoding="utf-8")
-        fresh.replace(resolved)
+        points.write_file("config.new", fresh, dump(config).encode(), synced=False)
+        points.rename("config.name", fresh, resolved)
         write_environment(resolved.parent)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            fresh.unlink(missing_ok=True)
         raise ConfigError(
             f"run_dir: {config.run_dir} can't be written ({error}): free space there, or name another folder"
         ) from None

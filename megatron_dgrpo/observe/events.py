@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_dgrpo import points
 from megatron_dgrpo.errors import DGRPOError
 
 FILE = "events.jsonl"
@@ -50,13 +51,11 @@ class EventLog:
             self.failure = error.strerror or str(error)
 
     def _append(self, line: bytes) -> None:
-        file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        file = points.open_file("events.open", self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         try:
             size = os.fstat(file).st_size
             torn = size > 0 and os.pread(file, 1, size - 1) != b"\n"
-            rest = memoryview(b"\n" * torn + line)
-            while rest:
-                rest = rest[os.write(file, rest) :]
+            points.write("events.line", file, b"\n" * torn + line)
         finally:
             os.close(file)
 

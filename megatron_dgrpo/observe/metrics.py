@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_dgrpo import points
 from megatron_dgrpo.errors import DataError
 
 MOST_WAITING = 100_000
@@ -33,7 +34,7 @@ class MetricsWriter:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        self._file = points.open_file("metrics.open", self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         self.torn_bytes = self._cut_torn_line()
         """Bytes of an unfinished last line that were there before, and are gone."""
         self._waiting: deque[bytes] = deque()
@@ -51,7 +52,8 @@ class MetricsWriter:
                 end = start + found + 1
                 break
             end = start
-        os.ftruncate(self._file, end)
+        if end < size:
+            points.cut("metrics.torn", self._file, end)
         return size - end
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -68,13 +70,11 @@ class MetricsWriter:
         while self._waiting and not self.failure:
             size = os.fstat(self._file).st_size
             try:
-                rest = memoryview(self._waiting[0])
-                while rest:
-                    rest = rest[os.write(self._file, rest) :]
+                points.write("metrics.line", self._file, self._waiting[0])
                 self._waiting.popleft()
             except OSError as error:
                 with contextlib.suppress(OSError):
-                    os.ftruncate(self._file, size)  # whole lines only
+                    points.cut("metrics.undo", self._file, size)  # whole lines only
                 self.failure = error.strerror or str(error)
         while len(self._waiting) > MOST_WAITING:
             self._waiting.popleft()
@@ -87,7 +87,7 @@ class MetricsWriter:
 
     def sync(self) -> None:
         """What was written survives the machine."""
-        os.fsync(self._file)
+        points.sync("metrics.sync", self._file)
 
     def close(self) -> None:
         self.flush()
