@@ -283,6 +283,8 @@ def host_with_a_broken_engine(folder, address, key):
 
     def breaks(self):
         if "1" in self._unfinished:  # not the warm-up
+            if len(self._unfinished) < 64:  # both clients' samples
+                return []
             raise RuntimeError("the cable came off")
         return step(self)
 
