@@ -103,7 +103,7 @@ def _go_on(rank: int, world: int, student: str, teacher: str, checkpoint: str, a
     (stage,) = run.config.stages
     run.trained.start_optimizer(stage.optimizer, STEPS)
     trainer = load_training(run.trained.decoder, run.trained.optimizer, Path(checkpoint))
-    run.trained.resume(trainer["updates"])
+    run.trained.resume(trainer["updates"], trainer["updates"])
     return [_step(run, step) for step in range(BEFORE + 1, STEPS + 1)], pieces(run.trained.decoder, "data")
 
 
