@@ -22,6 +22,7 @@ from megatron_dgrpo.config.kinds import (
     AnyStage,
     OnPolicy,
     Periodic,
+    Selective,
     Stage,
     Static,
     Synchronous,
@@ -35,8 +36,8 @@ from megatron_dgrpo.config.trackers import TrackerSettings
 
 __all__ = [
     "DGRPO", "GRPO", "KD", "OPD", "SFT", "Adam", "AnyStage", "Config", "DType", "DefaultRope", "Engine", "Evaluation",
-    "Layout", "Llama3Rope", "Model", "Objective", "OnPolicy", "Periodic", "Rollout", "RopeScaling", "Sampling", "Stage",
-    "Static", "Synchronous", "Teacher", "YarnRope",
+    "Layout", "Llama3Rope", "Model", "Objective", "OnPolicy", "Periodic", "Rollout", "RopeScaling", "Sampling",
+    "Selective", "Stage", "Static", "Synchronous", "Teacher", "YarnRope",
 ]  # fmt: skip
 
 
@@ -131,6 +132,8 @@ class Config(Frozen):
     """CPU threads of each trainer rank."""
     collective_timeout_s: PositiveFloat = 600.0
     """A collective that takes longer ends the run."""
+    stall_timeout_s: PositiveFloat = 3600.0
+    """A rank 0 that shows no sign of life for so long, beyond what its engines may take, ends the run."""
     keep_rollouts: PositiveInt | None = None
     """Keep the rollouts of the last so many steps in run_dir/rollouts; those of all steps where no number is given."""
     models: Annotated[dict[str, Model], Field(min_length=1)]

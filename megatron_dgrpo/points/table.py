@@ -88,6 +88,7 @@ _TABLE: list[tuple[str, Kind, str]] = [
     ("lock.clear", "cut", "the lock is held; the last owner's name goes [supervisor]"),
     ("journal.torn", "cut", "a record that a kill cut short goes"),
     ("journal.undo", "cut", "a record could not be written whole; what there is of it goes"),
+    ("metrics.undo", "cut", "a line had no room on the disk; what there is of it goes, and the line waits"),
     ("metrics.torn", "cut", "a line that a kill cut short goes"),
     ("records.cut", "cut", "lines of steps that come again are safe beside; they go"),
     ("export.size", "cut", "[writing ranks] a file of the export gets its size"),

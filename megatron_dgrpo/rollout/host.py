@@ -13,6 +13,7 @@ A deterministic engine serves one call at a time, whole, from its first step: th
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import sys
@@ -51,6 +52,7 @@ def serve(
     deterministic: bool = False,
     sleeps: bool = False,
     hf_overrides: dict[str, Any] | None = None,
+    quantization: str | None = None,
 ) -> None:
     """Load a model, listen, serve until the last owner has gone."""
     os.environ.update(_ENVIRONMENT, OMP_NUM_THREADS=str(threads))
@@ -74,6 +76,7 @@ def serve(
             deterministic=deterministic,
             sleeps=sleeps,
             hf_overrides=hf_overrides,
+            quantization=quantization,
         )
     except ValueError as error:  # vLLM's way to refuse settings
         raise RolloutError(
@@ -167,7 +170,8 @@ class Host:
                 self.server.drop(peer, f"sent a {type(message).__name__}, which is not a client's to send")
 
     def _fail(self, peer: Peer, call: int, kind: str, text: str) -> None:
-        print(f"{peer.name} got a failure ({kind}): {text}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # a log on a full disk ends no engine
+            print(f"{peer.name} got a failure ({kind}): {text}", file=sys.stderr, flush=True)
         self.server.send(peer, m.Failure(call, kind, text))
 
     def _generate(self, peer: Peer, message: m.Generate) -> None:

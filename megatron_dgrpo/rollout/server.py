@@ -113,7 +113,8 @@ class Server:
 
     def drop(self, peer: Peer, why: str) -> None:
         """End a connection, and say so in the log."""
-        print(f"{peer.name} was dropped: {why}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # of a full disk
+            print(f"{peer.name} was dropped: {why}", file=sys.stderr, flush=True)
         self._hang_up(peer)
 
     def _hang_up(self, peer: Peer) -> None:

@@ -1,10 +1,12 @@
 """What vLLM loads of this package: an entry point of the group `vllm.general_plugins`, run in each of its processes.
 
-It adds a weight-transfer engine under the name `dgrpo_shm`. In an engine host on CPU, and nowhere else, it also
+It adds a weight-transfer engine under the name `dgrpo_shm`. In an engine host, and nowhere else, it has FP8 weights
+keep their places (`fp8_loading`). In one on CPU it also
 
-- keeps linear weights as they are in the checkpoint: vLLM otherwise packs them for oneDNN when it loads a model, drops
-  the originals, and cannot write new weights into a packed tied head. In float32 these are multiplied by oneDNN all the
-  same: torch's own linear goes to MKL, which takes twice as long where the processor is not Intel's;
+- packs linear weights in memory that new ones can be written to (`packed_linear.py`), which vLLM's own packing, done
+  when a model is loaded, is not. Those that cannot be packed stay as they are in the checkpoint; in float32 these are
+  multiplied by oneDNN all the same: torch's own linear goes to MKL, which takes twice as long where the processor is
+  not Intel's;
 - keeps seeds right where a prompt is computed in pieces. After each piece vLLM draws a token, throws it away, and winds
   the request's generator back by four, which only CUDA's generators can do; on CPU it raises. Here a request has no
   generator while its prompt is not whole, so that nothing is drawn from it that would have to be given back.
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 BACKEND = "dgrpo_shm"
 HOST_ENV = "MEGATRON_DGRPO_ENGINE_HOST"
 _MIN_ROWS = 8
-"""Of float32 matrices that are given to oneDNN."""
+"""Of what plain float32 matrices are multiplied with by oneDNN."""
 
 
 def register() -> None:
@@ -35,11 +37,15 @@ def register() -> None:
             BACKEND, "megatron_dgrpo.rollout.device_engine", "DeviceWeightTransferEngine"
         )
     if os.environ.get(HOST_ENV) == "1":
-        _keep_linear_weights_plain()
+        from megatron_dgrpo.rollout import fp8_loading
+
+        fp8_loading.install()
+        pack_linear_weights()
         _keep_generators_from_unfinished_prompts()
 
 
-def _keep_linear_weights_plain() -> None:
+def pack_linear_weights() -> None:
+    """From here on, in this process."""
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
@@ -47,6 +53,9 @@ def _keep_linear_weights_plain() -> None:
     import torch
     import vllm._custom_ops as ops
     from vllm.model_executor.layers import utils
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    from megatron_dgrpo.rollout import packed_linear
 
     if "_dgrpo_dispatch" in vars(utils):
         return
@@ -54,12 +63,18 @@ def _keep_linear_weights_plain() -> None:
     utils.check_cpu_sgl_kernel = lambda n, k, dtype: False  # the other packing, on CPUs with AMX
     dispatch = utils.dispatch_cpu_unquantized_gemm
 
-    def dispatch_plain(layer: Any, remove_weight: bool) -> None:
+    def dispatch_writable(layer: Any, remove_weight: bool) -> None:
+        """vLLM keeps the plain weight of embeddings and heads; it packs embeddings, too, which are no linear layers."""
+        multiplies = layer.weight.ndim == 2 and (remove_weight or isinstance(layer, ParallelLMHead))
+        packed = packed_linear.pack(layer, in_place=remove_weight) if multiplies else None
+        if packed is not None:
+            layer.cpu_linear = packed
+            return
         dispatch(layer, remove_weight)
         if torch.backends.mkldnn.is_available() and layer.weight.ndim == 2 and layer.weight.dtype == torch.float32:
             layer.cpu_linear = _linear
 
-    utils._dgrpo_dispatch = utils.dispatch_cpu_unquantized_gemm = dispatch_plain  # type: ignore[attr-defined]
+    utils._dgrpo_dispatch = utils.dispatch_cpu_unquantized_gemm = dispatch_writable  # type: ignore[attr-defined]
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -64,6 +64,7 @@ RARE: dict[str, Case] = {
         Case(_kill("damaged.name"), before=(_kill("save.done", nth=2),), damaged=True),
         Case(_kill("folder.failed"), beside=(Fault("checkpoint.trainer", "no_space", HALF, role="rank0"),)),
         Case(_kill("journal.undo"), beside=(Fault("journal.record", "no_space", HALF, 2, "rank0"),)),
+        Case(_kill("metrics.undo"), beside=(Fault("metrics.line", "no_space", HALF, 2, "rank0"),)),
         Case(_kill("inbox.file", role="engine-rollout"), overrides=_WIRE),
         Case(_kill("inbox.bytes", role="engine-rollout"), overrides=_WIRE),
         Case(_kill("inbox.unlink", role="engine-rollout"), overrides=_WIRE),

@@ -139,7 +139,7 @@ class Chain:
         except Exception as error:  # whatever it is that cannot be read
             problems.append(f"{type(error).__name__}: {error}")
         if problems:
-            kept = self.folder / f"wrong-{time.time():.0f}"
+            kept = self.folder / f"wrong-{len(list(self.folder.glob('wrong-*')))}"
             shutil.move(self.run_dir, kept)
             problems = [f"see {kept}", *problems]
         elif ended:

@@ -18,6 +18,7 @@ from megatron_dgrpo.checkpoint.agree import agreed
 from megatron_dgrpo.checkpoint.manifest import (
     TRAINER,
     Manifest,
+    OtherFormatError,
     checkpoints,
     hash_problems,
     read_manifest,
@@ -71,6 +72,8 @@ def _problems(folder: Path) -> list[str]:
     try:
         manifest: Manifest | None = read_manifest(folder)
         mine: list[str] = []
+    except OtherFormatError:  # on every rank: it is not for this version to set aside
+        raise
     except CheckpointError as error:
         manifest, mine = None, [str(error)]
     if manifest is not None:

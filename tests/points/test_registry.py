@@ -63,6 +63,7 @@ ALLOWED: dict[tuple[str, str], str] = {
         "*",
     ): "rewards are asked again of another worker, and nothing of them is kept before the journal",
     ("observe/progress.py", "_write"): PRIVATE,
+    ("observe/pulse.py", "_run"): PRIVATE,
     ("rewards/judge.py", "*"): "a request over HTTP, by the library's own means: it is tried again",
     ("rollout/transfer.py", "_map"): MAPPED,
     ("rollout/shm_engine.py", "_map"): MAPPED,

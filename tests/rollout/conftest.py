@@ -18,4 +18,4 @@ def untied_folders(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def moe_folders(tmp_path_factory):
-    return run_forked(make_folders, str(tmp_path_factory.mktemp("moe")), "moe", 2)
+    return run_forked(make_folders, str(tmp_path_factory.mktemp("moe")), "moe", 3)

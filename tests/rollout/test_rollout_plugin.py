@@ -27,7 +27,7 @@ def register_twice(as_host: bool):
     return before[0], ops._supports_onednn, utils.check_cpu_sgl_kernel is before[1], engine.__name__
 
 
-def test_weights_stay_plain_in_a_host_and_packed_elsewhere():
+def test_a_host_packs_weights_by_itself_and_vllm_elsewhere():
     assert run_forked(register_twice, False, preload="engine") == (True, True, True, "DeviceWeightTransferEngine")
     assert run_forked(register_twice, True, preload="engine") == (
         True,

@@ -7,6 +7,8 @@ times. The floor is a copy of the same bytes into memory that has been touched b
 each push; the medians count.
 
 receiving   the engine's part: what vLLM's worker does from the manifest to the end, against the floor
+packing     what the first products after a push take longer: they pack the weights of linear layers where they lie. It
+            moves bytes within their own memory, engine and trainer do not wait for each other, and there is no target
 end to end  `push_weights` on all ranks, from the sharded parameters to the engine's last answer, against the floor
 memory      the most private and shared memory that a process held during a push, above what it held before; the limit
             is the two slots of the file, and 24 MiB
@@ -87,8 +89,9 @@ def serve_measured(report: str, **settings: Any) -> None:
             found = {"seconds": seen["seconds"], "cpu": seen["cpu"], "all_cpu": used, "bytes": seen["bytes"]}
             found["peak"] = seen["peak"].bytes if seen["memory"] else 0
             floor = dict(zip(("floor", "floor_cpu"), _plain_copy(seen["model"]), strict=True))
+            packing = dict(zip(("pack", "pack_cpu"), _pack(seen["model"]), strict=True))
             with open(report, "a") as file:
-                file.write(json.dumps({**found, **floor}) + "\n")
+                file.write(json.dumps({**found, **floor, **packing}) + "\n")
 
     host.Host._update = then_floor  # type: ignore[method-assign]
     host.serve(**settings)
@@ -107,6 +110,19 @@ def _plain_copy(model: Any) -> tuple[float, float]:
             target[: part.numel()].copy_(part)
         best = min(best[0], time.perf_counter() - start), min(best[1], time.thread_time() - cpu)
     return best
+
+
+def _pack(model: Any) -> tuple[float, float]:
+    """As the first products do it."""
+    from megatron_dgrpo.rollout.packed_linear import Form, PackedWeight
+
+    start, cpu = time.perf_counter(), time.thread_time()
+    for module in model.modules():
+        packed = vars(module).get("cpu_linear")
+        if isinstance(packed, PackedWeight):
+            assert packed.form is Form.PLAIN, "an update left a weight packed"
+            packed.pack(module.weight)
+    return time.perf_counter() - start, time.thread_time() - cpu
 
 
 # ---- The trainer's ranks ---------------------------------------------------------------------------------------------
@@ -198,6 +214,7 @@ def _case(home: Path, host: tuple[str, str], ranks: int, bucket_bytes: int, roun
     floor, floor_cpu = middle("floor"), middle("floor_cpu")
     ok = _speed("receiving, clock", floor, middle("seconds"), RECEIVING, not use_cpu, **facts)
     ok &= _speed("receiving, cpu", floor_cpu, middle("cpu"), RECEIVING, use_cpu, **facts)
+    _line("packing", **facts, seconds=middle("pack"), floor=floor, ratio=floor / middle("pack"))
     ok &= _speed("end to end, clock", floor, seconds, END_TO_END, not use_cpu, **facts)
     ok &= _speed("end to end, cpu", floor_cpu, cpu, END_TO_END, use_cpu, **facts)
     limit = 2 * bucket_bytes + SPARE
