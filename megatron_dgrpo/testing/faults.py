@@ -144,9 +144,9 @@ def rollout_problems(run_dir: Path, other: Path | None = None, *, ended: bool = 
     journal and its figures. It keeps all rollouts. `other` is a run that was not broken off: prompts are the same."""
     config = load(run_dir / "config.yaml")
     journal, problems = run_dir / "rollouts", list[str]()
-    lines = [
-        (r["stage_number"], r["step"], r.get("update", 0)) for r in read_metrics(run_dir / "metrics.jsonl").records
-    ]
+    path = run_dir / "metrics.jsonl"
+    records = read_metrics(path).records if path.exists() else []
+    lines = [(record["stage_number"], record["step"], record.get("update", 0)) for record in records]
     updates = Counter(line for line in lines if line[2])
     problems += [f"step {line}: {count} records of one update" for line, count in updates.items() if count > 1]
     version = 0
