@@ -201,7 +201,7 @@ def _case(home: Path, host: tuple[str, str], ranks: int, bucket_bytes: int, roun
     peaks = {"trainer": max(rank[-1][2] for rank in pushed), "engine": received[-1]["peak"]}
     pushed, received = [rank[:-1] for rank in pushed], received[:-1]
     assert len(received) == rounds
-    facts = {"ranks": ranks, "bucket_mib": bucket_bytes >> 20}
+    facts: dict[str, Any] = {"ranks": ranks, "bucket_mib": bucket_bytes >> 20}
 
     def middle(key: str) -> float:
         return statistics.median(one[key] for one in received)
