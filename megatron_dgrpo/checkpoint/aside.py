@@ -16,11 +16,10 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from megatron_dgrpo import points
 from megatron_dgrpo.checkpoint.agree import agreed
-from megatron_dgrpo.checkpoint.pruning import aside_of
+from megatron_dgrpo.checkpoint.pruning import LOCK, aside_of, remove_left_over
 from megatron_dgrpo.errors import ConversionError
-
-_LOCK = ".lock"
 
 
 @contextmanager
@@ -33,7 +32,7 @@ def written_aside(target: Path, *, group: dist.ProcessGroup, needed_bytes: int) 
                 with readable(target, needed_bytes):
                     lock = _start(target, aside, needed_bytes)
         with agreed(group):
-            if not (aside / _LOCK).exists():
+            if not (aside / LOCK).exists():
                 raise ConversionError(f"{aside} is not seen by every rank: choose a place on a shared filesystem")
         yield aside
         with agreed(group):
@@ -43,7 +42,8 @@ def written_aside(target: Path, *, group: dist.ProcessGroup, needed_bytes: int) 
     finally:
         if lock >= 0:
             os.close(lock)
-            shutil.rmtree(aside, ignore_errors=True)  # it is there only if something failed
+            if aside.exists():  # only if something failed
+                points.remove_tree("folder.failed", aside, ignore_errors=True)
 
 
 @contextmanager
@@ -69,51 +69,23 @@ def _start(target: Path, aside: Path, needed_bytes: int) -> int:
     """Make the folder and lock it."""
     refuse_taken(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    if aside.exists():
-        _remove_left_over(aside)
+    if aside.exists() and not remove_left_over("folder.left_over", aside):
+        raise ConversionError(f"{aside} is being written by another process: wait for it or choose a name")
     free = shutil.disk_usage(target.parent).free
     if free < needed_bytes:
         raise ConversionError(
             f"{target} needs {needed_bytes:,} bytes, {free:,} are free there: free space or choose another place"
         )
     aside.mkdir()
-    lock = os.open(aside / _LOCK, os.O_CREAT | os.O_RDWR)
+    lock = points.open_file("folder.lock", aside / LOCK, os.O_CREAT | os.O_RDWR)
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return lock
 
 
-def _remove_left_over(aside: Path) -> None:
-    try:
-        lock = os.open(aside / _LOCK, os.O_CREAT | os.O_RDWR)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(aside)
-        finally:
-            os.close(lock)
-    except BlockingIOError:
-        raise ConversionError(f"{aside} is being written by another process: wait for it or choose a name") from None
-
-
 def _finish(aside: Path, target: Path) -> None:
-    (aside / _LOCK).unlink()
-    sync_folder(aside)
+    points.remove("folder.unlock", aside / LOCK)
+    points.sync_folder("folder.sync", aside)
     if os.path.lexists(target):  # rename would replace an empty folder
         raise ConversionError(f"{target} was made by somebody else in the meantime; nothing was overwritten")
-    aside.rename(target)
-    sync_folder(target.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Names reach the disk with their folder."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_synced(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    points.rename("folder.name", aside, target)
+    points.sync_folder("folder.parent", target.parent)

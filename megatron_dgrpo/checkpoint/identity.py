@@ -39,7 +39,7 @@ def data_fingerprint(dataset: Dataset) -> str:
 
 
 def _source(source: Source) -> str:
-    how = source.model_dump_json(exclude={"path", "on_bad_row"})
+    how = source.model_dump_json(exclude={"path", "on_bad_row", "retries", "timeout_s"})
     if source.path is None:
         return how
     path = Path(source.path)

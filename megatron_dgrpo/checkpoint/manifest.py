@@ -8,6 +8,9 @@
 
 A folder has its name once its manifest is in it, so that a folder without one was half copied or tampered with. A
 checkpoint is whole if every file has its size and hash. Hashing reads everything: ranks share it out.
+
+The manifest names a digest of itself, computed in this way in every format from 2 on: so a bit that has changed in it
+is damage, and never another version, another step or another model.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from megatron_dgrpo import __version__
 from megatron_dgrpo.errors import CheckpointError
 
 MANIFEST, TRAINER, OPTIMIZER = "manifest.json", "trainer.json", "optimizer"
-FORMAT = 1
+FORMAT = 2
 _CHUNK = 2**22
 
 
@@ -50,7 +53,12 @@ class Manifest:
         return sum(size for size, _ in self.files.values())
 
     def encode(self) -> bytes:
-        return (json.dumps(asdict(self), indent=1, sort_keys=True) + "\n").encode()
+        content = asdict(self)
+        return (json.dumps(content | {"digest": _digest(content)}, indent=1, sort_keys=True) + "\n").encode()
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def folder_name(stage: int, step: int) -> str:
@@ -83,14 +91,19 @@ def contents(folder: Path) -> list[Path]:
 
 def read_manifest(folder: Path) -> Manifest:
     try:
-        found: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if found["format"] != FORMAT:
+        content = (folder / MANIFEST).read_bytes()
+        found: dict[str, Any] = json.loads(content)
+        digest = found.pop("digest", None)
+        if found["format"] != FORMAT and (digest is None or digest == _digest(found)):
             raise OtherFormatError(
                 f"{folder} was written by version {found.get('project')} in the format {found['format']}; this version "
                 f"({__version__}) reads {FORMAT}: go on with that version, or export the checkpoint with it"
             )
         files = {name: (int(size), str(digest)) for name, (size, digest) in found.pop("files").items()}
-        return Manifest(files=files, **found)
+        manifest = Manifest(files=files, **found)
+        if manifest.encode() != content:
+            raise ValueError("its digest is another one")
+        return manifest
     except FileNotFoundError:
         raise CheckpointError(f"{folder} is no whole checkpoint: {MANIFEST} is missing, it was half copied") from None
     except OtherFormatError:

@@ -17,8 +17,9 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.dist_checkpointing.validation import determine_global_metadata
 
+from megatron_dgrpo import points
 from megatron_dgrpo.checkpoint.agree import agreed
-from megatron_dgrpo.checkpoint.aside import readable, sync_folder, write_synced, written_aside
+from megatron_dgrpo.checkpoint.aside import readable, written_aside
 from megatron_dgrpo.checkpoint.hf.beside import copy_beside
 from megatron_dgrpo.checkpoint.hf.exporter import manifest
 from megatron_dgrpo.checkpoint.hf.families import read_spec
@@ -74,8 +75,9 @@ def write_megatron(
                 (folder / HUGGING_FACE).mkdir()
                 copy_beside(source, folder / HUGGING_FACE, _name(parameter.dtype), decoder.spec)
                 about = {"format": _FORMAT, "dtype": _name(parameter.dtype), "spec": _as_json(decoder.spec)}
-                write_synced(folder / _ABOUT, (json.dumps(about, indent=2) + "\n").encode())
-                sync_folder(folder / HUGGING_FACE)
+                content = (json.dumps(about, indent=2) + "\n").encode()
+                points.write_file("checkpoint.model", folder / _ABOUT, content)
+                points.sync_folder("config.sync", folder / HUGGING_FACE)
     save_sharded(described, folder / WEIGHTS, target, needed, group=group)
 
 

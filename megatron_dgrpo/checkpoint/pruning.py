@@ -1,16 +1,22 @@
 """Checkpoints that go: old ones are removed, damaged ones are set aside. Imports no torch.
 
-A folder that is to be removed is renamed first, so that it is a whole checkpoint or none, also after a kill.
+A folder that is to be removed is renamed first, so that it is a whole checkpoint or none, also after a kill. What a
+kill left half removed or half written goes when the next one is pruned, unless somebody holds its lock.
 """
 
 from __future__ import annotations
 
+import fcntl
 import itertools
-import shutil
+import os
 from pathlib import Path
 
+from megatron_dgrpo import points
 from megatron_dgrpo.checkpoint.manifest import checkpoints, read_manifest
 from megatron_dgrpo.errors import CheckpointError
+
+LOCK = ".lock"
+"""In a folder that is being written, held by who writes it."""
 
 
 def aside_of(target: Path) -> Path:
@@ -33,10 +39,30 @@ def prune(run_dir: str | Path, *, keep_last: int, keep_best: int) -> list[Path]:
     removed = [path for path in found[keep_last:] if path not in best]
     for path in removed:
         doomed = aside_of(path)  # from here on it is no checkpoint, also if this is interrupted
-        shutil.rmtree(doomed, ignore_errors=True)
-        path.rename(doomed)
-        shutil.rmtree(doomed)
+        if doomed.exists():
+            remove_left_over("prune.left_over", doomed)
+        points.rename("prune.name", path, doomed)
+        points.remove_tree("prune.tree", doomed)
+    for left in (Path(run_dir) / "checkpoints").glob(".*.partial"):
+        remove_left_over("prune.left_over", left)
     return removed
+
+
+def remove_left_over(point: str, aside: Path) -> bool:
+    """Remove what a process left that was killed while it wrote or removed a folder; False where one works on it."""
+    try:
+        lock = os.open(aside / LOCK, os.O_RDONLY)
+    except FileNotFoundError:  # it was being removed, or had not begun
+        points.remove_tree(point, aside)
+        return True
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        points.remove_tree(point, aside)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(lock)
+    return True
 
 
 def set_aside(folder: Path) -> Path:
@@ -44,7 +70,7 @@ def set_aside(folder: Path) -> Path:
     for number in itertools.count(1):
         target = folder.with_name(f"{folder.name}.damaged{'' if number == 1 else f'-{number}'}")
         if not target.exists():
-            folder.rename(target)
+            points.rename("damaged.name", folder, target)
             return target
     raise AssertionError("unreachable")
 

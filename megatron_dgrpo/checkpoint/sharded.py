@@ -46,9 +46,11 @@ from megatron.core.dist_checkpointing.validation import (
 from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
 from torch.distributed.checkpoint import load as load_with_torch
 from torch.distributed.checkpoint import save as save_with_torch
+from torch.distributed.checkpoint.filesystem import FileSystem
 
+from megatron_dgrpo import points
 from megatron_dgrpo.checkpoint.agree import agreed
-from megatron_dgrpo.checkpoint.aside import readable, sync_folder, write_synced
+from megatron_dgrpo.checkpoint.aside import readable
 from megatron_dgrpo.checkpoint.block_reader import BlockReader
 from megatron_dgrpo.errors import ConversionError
 
@@ -67,7 +69,7 @@ def save_sharded(
     try:
         save_with_torch(
             mcore_to_pyt_state_dict(by_key, False),
-            storage_writer=FileSystemWriter(folder, single_file_per_rank=True, sync_files=True),
+            storage_writer=_Writer(folder),
             planner=MCoreSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
             process_group=group,
         )
@@ -79,8 +81,27 @@ def save_sharded(
         if dist.get_rank(group) == 0:
             with readable(target, needed):
                 backend = dataclasses.asdict(CheckpointingConfig("torch_dist", 1))
-                write_synced(folder / "metadata.json", json.dumps(backend).encode())
-                sync_folder(folder)
+                points.write_file("tensors.format", folder / "metadata.json", json.dumps(backend).encode())
+                points.sync_folder("tensors.sync", folder)
+
+
+class _Writer(FileSystemWriter):
+    """torch's, with every write, sync and rename at a point."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, single_file_per_rank=True, sync_files=False)  # streams sync when they are closed
+        self.fs = _Files()
+
+
+class _Files(FileSystem):
+    @contextmanager
+    def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
+        assert mode == "wb", "it only writes"
+        with points.stream("tensors.data", "tensors.data_sync", path) as stream:
+            yield stream
+
+    def rename(self, path: Any, new_path: Any) -> None:
+        points.rename("tensors.index", path, new_path)
 
 
 def saved_tensors(folder: Path) -> dict[str, Any]:

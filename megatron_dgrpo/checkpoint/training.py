@@ -2,8 +2,8 @@
 
 What happens before what:
 
-    training thread   waits for the write before this one; takes a snapshot: Megatron gathers the optimizer's state of
-                      the data-parallel ranks, and live tensors are copied to host memory (only they block training)
+    training thread   waits for the write before this one; takes a snapshot: what this rank is to write of live tensors
+                      is copied to host memory (only this blocks training)
     writing thread    writes aside, every rank what it holds; syncs; shares out the hashing; the first rank writes the
                       manifest and gives the folder its name; prunes old ones
     training thread   asks, at a later step or at the end, how it went
@@ -11,8 +11,9 @@ What happens before what:
 The writing thread has a process group of its own, so that its collectives never meet those of training. A write that
 fails leaves nothing under the final name and is told, not raised: a full disk stops saving, not training.
 
-The optimizer's state is saved as Megatron's `fully_reshardable`: tensors with the names and shapes of the parameters,
-which load at any layout. Nothing but tensors goes into Megatron's format; numbers are in trainer.json.
+The optimizer's state is saved as tensors with the names and shapes of the parameters, which load at any layout; each
+rank writes its own part of them (optimizer_state.py). Nothing but tensors goes into Megatron's format; numbers are in
+trainer.json.
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, apply_factories
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.optimizer import MegatronOptimizer
 
+from megatron_dgrpo import points
 from megatron_dgrpo.checkpoint.agree import agreed
-from megatron_dgrpo.checkpoint.aside import readable, sync_folder, write_synced, written_aside
+from megatron_dgrpo.checkpoint.aside import readable, written_aside
 from megatron_dgrpo.checkpoint.manifest import (
     MANIFEST,
     OPTIMIZER,
@@ -42,6 +44,7 @@ from megatron_dgrpo.checkpoint.manifest import (
     hash_file,
 )
 from megatron_dgrpo.checkpoint.megatron import load_megatron, sharded_weights, write_megatron
+from megatron_dgrpo.checkpoint.optimizer_state import allocate, num_steps, optimizers, sharded_optimizer
 from megatron_dgrpo.checkpoint.pruning import prune
 from megatron_dgrpo.checkpoint.sharded import load_sharded, save_sharded
 from megatron_dgrpo.errors import CheckpointError, DGRPOError
@@ -103,10 +106,9 @@ class Saver:
         began = time.monotonic()
         target = self._folder / folder_name(manifest.stage, manifest.step)
         weights = sharded_weights(self._decoder)
-        state = None if optimizer is None else _optimizer_state(self._decoder, optimizer, loading=False)
-        if state is not None:
-            trainer = trainer | {"optimizer_steps": _steps(state)}
-            apply_factories(state)
+        state = None if optimizer is None else sharded_optimizer(self._decoder, optimizer)
+        if optimizer is not None:
+            trainer = trainer | {"optimizer_steps": num_steps(optimizer)}
         if self._asynchronous:
             live = _live_storages(self._decoder, optimizer)
             for described in (weights, state or {}):
@@ -114,6 +116,7 @@ class Saver:
         needed = torch.tensor(_bytes(weights) + _bytes(state or {}), dtype=torch.int64)
         dist.all_reduce(needed, group=self._group)
         blocked_s = time.monotonic() - began
+        points.reached("save.snapshot")
         job = _Job(target, weights, state, trainer, manifest, int(needed), began, blocked_s)
         if self._asynchronous:
             self._thread = threading.Thread(target=self._run, args=(job,), name="checkpoint", daemon=True)
@@ -137,6 +140,7 @@ class Saver:
     def _run(self, job: _Job) -> None:
         try:
             self._write(job)
+            points.reached("save.done")
             total_s = time.monotonic() - job.began
             blocked_s = job.blocked_s if self._asynchronous else total_s
             self._saved = Saved(job.target, job.needed, blocked_s, total_s)
@@ -149,7 +153,8 @@ class Saver:
             write_megatron(self._decoder, job.weights, self._source, aside, target, job.needed, group=group)
             with agreed(group), readable(target, job.needed):
                 if dist.get_rank(group) == 0:
-                    write_synced(aside / TRAINER, (json.dumps(job.trainer, indent=1) + "\n").encode())
+                    content = (json.dumps(job.trainer, indent=1) + "\n").encode()
+                    points.write_file("checkpoint.trainer", aside / TRAINER, content)
                     if job.optimizer is not None:
                         (aside / OPTIMIZER).mkdir()
             if job.optimizer is not None:
@@ -162,6 +167,7 @@ class Saver:
     def _write_manifest(self, job: _Job, aside: Path) -> None:
         rank, size = dist.get_rank(self._group), dist.get_world_size(self._group)
         mine: dict[str, tuple[int, str]] = {}
+        points.reached("save.hash")
         with agreed(self._group), readable(job.target, job.needed):
             names = [path for path in contents(aside) if path.parent != aside or not path.name.startswith(".")]
             mine = {str(path.relative_to(aside)): hash_file(path) for path in names[rank::size]}
@@ -170,8 +176,9 @@ class Saver:
         with agreed(self._group), readable(job.target, job.needed):
             if rank == 0:
                 files = {name: found for each in everyone for name, found in each.items()}
-                write_synced(aside / MANIFEST, replace(job.manifest, files=dict(sorted(files.items()))).encode())
-                sync_folder(aside)
+                content = replace(job.manifest, files=dict(sorted(files.items()))).encode()
+                points.write_file("checkpoint.manifest", aside / MANIFEST, content)
+                points.sync_folder("checkpoint.sync", aside)
 
 
 def load_training(decoder: Decoder, optimizer: MegatronOptimizer | None, folder: Path) -> Trainer:
@@ -188,36 +195,14 @@ def load_training(decoder: Decoder, optimizer: MegatronOptimizer | None, folder:
                 f"{folder} has no optimizer state: its stage was over. Go on with the next stage, or name another one"
             )
     if optimizer is not None:
-        state = _optimizer_state(decoder, optimizer, loading=True)
-        described = _shallow(state)
-        apply_factories(described)
+        allocate(optimizer, int(trainer["optimizer_steps"]))
+        described = sharded_optimizer(decoder, optimizer)
         with agreed(decoder.groups.world):
             load_sharded(described, folder / OPTIMIZER)
-        loaded = _tensors(state)
-        for group, step in zip(loaded["optimizer"]["param_groups"], trainer["optimizer_steps"], strict=True):
-            group["step"] = step
-        with decoder.groups.as_default():
-            optimizer.load_state_dict(loaded)
     return trainer
 
 
 # ---- Megatron's descriptions ---------------------------------------------------------------------------------------
-
-
-def _optimizer_state(decoder: Decoder, optimizer: MegatronOptimizer, *, loading: bool) -> dict[str, Any]:
-    metadata = {
-        "dp_cp_group": decoder.groups.dp_cp,
-        "chained_optim_avoid_prefix": True,
-        "distrib_optim_sharding_type": "fully_reshardable",
-    }
-    with decoder.groups.as_default():
-        model = decoder.sharded_state_dict(metadata=metadata)
-        state: dict[str, Any] = optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata)
-    return state
-
-
-def _steps(state: dict[str, Any]) -> list[int]:
-    return [int(group.get("step", 0)) for group in state["optimizer"]["param_groups"]]
 
 
 def _each(value: Any, look: Callable[[ShardedTensor], None]) -> None:
@@ -249,7 +234,7 @@ def _is_main(entry: ShardedTensor) -> bool:
 def _live_storages(decoder: Decoder, optimizer: MegatronOptimizer | None) -> set[int]:
     """Of all tensors that training goes on to change."""
     tensors = [parameter.data for parameter in decoder.parameters()]
-    for each in getattr(optimizer, "chained_optimizers", [optimizer]) if optimizer is not None else []:
+    for each in optimizers(optimizer) if optimizer is not None else []:
         inner = each.optimizer
         tensors += [parameter for group in inner.param_groups for parameter in group["params"]]
         tensors += [value for state in inner.state.values() for value in state.values() if torch.is_tensor(value)]
@@ -268,19 +253,3 @@ def _snapshot(described: dict[str, Any], live: set[int]) -> None:
             entry.data = entry.data.detach().clone()
 
     _each(described, look)
-
-
-def _shallow(value: Any) -> Any:
-    """The same leaves in containers of their own."""
-    if isinstance(value, dict):
-        return {key: _shallow(inner) for key, inner in value.items()}
-    return [_shallow(inner) for inner in value] if isinstance(value, list) else value
-
-
-def _tensors(value: Any) -> Any:
-    """The tensors in place of their descriptions."""
-    if isinstance(value, ShardedTensor | ShardedTensorFactory):
-        return value.data
-    if isinstance(value, dict):
-        return {key: _tensors(inner) for key, inner in value.items()}
-    return [_tensors(inner) for inner in value] if isinstance(value, list) else value

@@ -51,7 +51,7 @@ def problems(checkpoints: Checkpoints) -> Iterator[str]:
 
 LEAVINGS = ("config.yaml", "environment.json")
 """Both are in every run's folder."""
-BEFORE_THE_FIRST_STEP = (*LEAVINGS, "events.jsonl", "logs", ".lock")
+BEFORE_THE_FIRST_STEP = (*LEAVINGS, ".config.yaml.new", "events.jsonl", "logs", ".lock")
 """All that a run leaves that failed before it had anything to keep: it may be started again, and its logs go on."""
 
 

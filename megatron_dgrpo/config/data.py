@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
 from megatron_dgrpo.config.frozen import Frozen
 
@@ -53,6 +53,10 @@ class Source(Frozen):
     """With chat: the template's enable_thinking (null: as the template has it)."""
     on_bad_row: Literal["error", "skip"] = "error"
     """A row that lacks a field, or has no text in it, ends the run before it starts, or is skipped and counted."""
+    retries: NonNegativeInt = 5
+    """How often a read that fails (a network file system, the hub) is tried again, after 1, 2, 4, ... up to 60 s."""
+    timeout_s: PositiveFloat = 300.0
+    """A read that hangs for so long ends the run; the other ranks wait for as long as collective_timeout_s says."""
     teacher: str | None = None
     """Of a dgrpo stage with several teachers: field of the name of the teacher (of its model) that scores the row's
     responses."""

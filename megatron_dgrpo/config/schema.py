@@ -131,6 +131,8 @@ class Config(Frozen):
     """CPU threads of each trainer rank."""
     collective_timeout_s: PositiveFloat = 600.0
     """A collective that takes longer ends the run."""
+    stall_timeout_s: PositiveFloat = 3600.0
+    """A rank 0 that shows no sign of life for so long, beyond what its engines may take, ends the run."""
     keep_rollouts: PositiveInt | None = None
     """Keep the rollouts of the last so many steps in run_dir/rollouts; those of all steps where no number is given."""
     models: Annotated[dict[str, Model], Field(min_length=1)]

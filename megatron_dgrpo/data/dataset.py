@@ -17,6 +17,7 @@ import numpy as np
 from megatron_dgrpo.config.data import Dataset, Source
 from megatron_dgrpo.data.bad_rows import BadRows
 from megatron_dgrpo.data.jsonl import JsonLines
+from megatron_dgrpo.data.patience import Patience
 from megatron_dgrpo.data.rows import PromptRow, make_row, row_problems
 from megatron_dgrpo.data.shuffle import shuffled
 from megatron_dgrpo.data.stream import Stream
@@ -31,7 +32,9 @@ class Rows(Sequence[PromptRow]):
         self.source = source
         self._rows: JsonLines | Table
         if source.path is not None and source.path.endswith(".jsonl"):
-            self._rows = JsonLines(source.path, lambda row: row_problems(source, row, needs_answer=needs_answer))
+            self._rows = JsonLines(
+                source.path, lambda row: row_problems(source, row, needs_answer=needs_answer), Patience(source)
+            )
         else:
             self._rows = Table(source, needs_answer=needs_answer)
         if source.on_bad_row == "error":
@@ -46,6 +49,11 @@ class Rows(Sequence[PromptRow]):
     def bad(self) -> BadRows:
         """What became of rows that cannot be used."""
         return self._rows.bad
+
+    @property
+    def num_retries(self) -> int:
+        """Of reads that failed at first."""
+        return self._rows.patience.num_retries
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -76,6 +84,10 @@ class _Shuffled:
     @property
     def bad(self) -> BadRows:
         return self.rows.bad
+
+    @property
+    def num_retries(self) -> int:
+        return self.rows.num_retries
 
     def draw(self) -> PromptRow:
         epoch, place = divmod(self._drawn, len(self.rows))
@@ -141,13 +153,16 @@ class PromptSource:
         return replace(row, name=self._names[chosen] + row.name.removeprefix(self._own_names[chosen]))
 
     def facts(self) -> dict[str, float]:
-        """Of a mixture: every source's part of the tokens so far; of all: the rows that were skipped."""
+        """Of a mixture: every source's part of the tokens so far; of all: the rows that were skipped, and the reads
+        that were tried again."""
         found: dict[str, float] = {}
         total = sum(self._tokens)
         if len(self._sources) > 1 and total:
             found = {f"mixture/{name}": tokens / total for name, tokens in zip(self._names, self._tokens, strict=True)}
         if skipped := sum(source.bad.count for source in self._sources):
             found["data/skipped"] = float(skipped)
+        if retries := sum(source.num_retries for source in self._sources):
+            found["data/retries"] = float(retries)
         return found
 
     def state(self) -> dict[str, Any]:

@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from megatron_dgrpo.config.data import Source
 from megatron_dgrpo.data.bad_rows import BadRows
+from megatron_dgrpo.data.patience import Patience
 from megatron_dgrpo.data.rows import kind
 from megatron_dgrpo.errors import DataError
 
@@ -23,13 +25,18 @@ class JsonLines:
     """Objects of a file by their index. `check` says what is wrong with one; those without a problem are kept, and what
     became of the others is in `bad`."""
 
-    def __init__(self, path: str | Path, check: Callable[[dict[str, Any]], list[str]]) -> None:
+    def __init__(
+        self, path: str | Path, check: Callable[[dict[str, Any]], list[str]], patience: Patience | None = None
+    ) -> None:
         self.path = Path(path)
-        self._check = check
-        with self._open() as file:
+        self._check, self.patience = check, patience or Patience(Source(path=str(path)))
+        self.patience.without_deadline(self._index)
+
+    def _index(self) -> None:
+        with open(self.path, "rb") as file:
             self._identity = _identity(file)
         self.bad = BadRows(str(self.path), "line")
-        numbers, starts, ends = [], [], []
+        numbers, starts, ends = list[int](), list[int](), list[int]()
         for number, start, line in self._scan():
             if wrong := self._problems(line):
                 self.bad.add(number, wrong)
@@ -48,7 +55,10 @@ class JsonLines:
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < len(self):
             raise IndexError(f"{self.path} has {len(self)} rows and no row {index}")
-        with self._open() as file:
+        return self.patience(lambda: self._read(index))
+
+    def _read(self, index: int) -> dict[str, Any]:
+        with open(self.path, "rb") as file:
             if self._identity != _identity(file):
                 raise DataError(
                     f"{self.path} has changed since it was first read: start again, and keep it as it is during a run"
@@ -56,15 +66,9 @@ class JsonLines:
             file.seek(int(self._starts[index]))
             return json.loads(file.read(int(self._ends[index] - self._starts[index])))
 
-    def _open(self) -> Any:
-        try:
-            return open(self.path, "rb")
-        except OSError as error:
-            raise DataError(f"{self.path} can't be read ({error.strerror}): correct the data's path") from None
-
     def _scan(self) -> Iterator[tuple[int, int, bytes]]:
         start = 0
-        with self._open() as file:
+        with open(self.path, "rb") as file:
             for number, line in enumerate(file, 1):
                 yield number, start, line
                 start += len(line)

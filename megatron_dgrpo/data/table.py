@@ -14,6 +14,7 @@ import numpy as np
 
 from megatron_dgrpo.config.data import ROW_FILES, SAVED_DATASET, Source
 from megatron_dgrpo.data.bad_rows import BadRows
+from megatron_dgrpo.data.patience import Patience
 from megatron_dgrpo.data.rows import messages_problem
 from megatron_dgrpo.errors import DataError, UnreachableError
 
@@ -25,6 +26,7 @@ class Table:
 
     def __init__(self, source: Source, *, needs_answer: bool = False) -> None:
         self._rows = open_dataset(source, streaming=False)
+        self.patience = Patience(source)
         self.bad = BadRows(source.where)
         good = np.ones(len(self._rows), bool)
         for name, (problem, numbers) in self._problems(source, needs_answer):
@@ -39,7 +41,8 @@ class Table:
         return len(self.numbers)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self._rows[int(self.numbers[index]) - 1]
+        number = int(self.numbers[index]) - 1
+        return self.patience(lambda: self._rows[number])
 
     def _problems(self, source: Source, needs_answer: bool) -> Iterator[tuple[str, tuple[str, list[int]]]]:
         """For each field: a problem, and the numbers of the rows that have it."""

@@ -103,6 +103,22 @@ class Child:
         return last_lines(self.log_path, lines)
 
 
+def start_server(
+    preload: Sequence[str], theirs: socket.socket, log_path: Path, env: Mapping[str, str]
+) -> subprocess.Popen[bytes]:
+    """The process of a server, which is going to be told to import `preload`. `theirs` is its end of the socket."""
+    with open(log_path, "ab") as log:
+        return subprocess.Popen(
+            [sys.executable, nursery_server.__file__, str(theirs.fileno())],
+            pass_fds=(theirs.fileno(),),
+            env={**os.environ, **env},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,  # a Ctrl-C in the terminal is the owner's to deal with
+        )
+
+
 class Nursery:
     """A server process with its imports, and the children it forked.
 
@@ -127,17 +143,10 @@ class Nursery:
         self.running: dict[int, Child] = {}
         self._replies: list[dict[str, Any]] = []
         self._buffer = b""
+        self._asked_at: float | None = None
         self._socket, theirs = socket.socketpair()
-        with theirs, open(log_path, "ab") as log:
-            self.server = subprocess.Popen(
-                [sys.executable, nursery_server.__file__, str(theirs.fileno())],
-                pass_fds=(theirs.fileno(),),
-                env={**os.environ, **(env or {})},
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,  # a Ctrl-C in the terminal is the owner's to deal with
-            )
+        with theirs:
+            self.server = start_server(preload, theirs, log_path, env or {})
         self.send(
             sys_path=[path or os.getcwd() for path in sys.path],
             preload=list(preload),
@@ -207,13 +216,27 @@ class Nursery:
             *lines, self._buffer = (self._buffer + data).split(b"\n")
             for line in lines:
                 reply = json.loads(line)
-                if reply.get("exited") in self.running:
+                if "pong" in reply:
+                    self._asked_at = None
+                elif reply.get("exited") in self.running:
                     self._bury(reply)
                 else:
                     self._replies.append(reply)
 
-    def close(self, grace_s: float = 0.0) -> None:
-        """End every process: SIGTERM and `grace_s` where that is not 0, then SIGKILL, grandchildren included."""
+    def ask(self) -> None:
+        """Whether the server is there and not hung, unless it was asked already; `drain` takes the answer in."""
+        if self.alive and self.ready_after_s is not None and self._asked_at is None:
+            self._asked_at = time.monotonic()
+            self.send(ping=True)
+
+    @property
+    def silent_s(self) -> float:
+        """How long a question has waited for its answer; 0 where none does."""
+        return time.monotonic() - self._asked_at if self.alive and self._asked_at is not None else 0.0
+
+    def close(self, grace_s: float = 0.0, *, hangs: bool = False) -> None:
+        """End every process: SIGTERM and `grace_s` where that is not 0, then SIGKILL, grandchildren included. A server
+        that hangs does nothing of it: it waits for nobody, so that the numbers of its descendants are still theirs."""
         if grace_s > 0 and self.running:
             for child in list(self.running.values()):
                 child.kill(signal.SIGTERM)
@@ -221,8 +244,12 @@ class Nursery:
             while self.running and time.monotonic() < deadline:
                 self.drain(deadline - time.monotonic())
         self._socket.close()
+        if hangs:
+            for pid in nursery_server.descendants(self.server.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         try:
-            self.server.wait(40)
+            self.server.wait(0.0 if hangs else 40.0)
         except subprocess.TimeoutExpired:
             self._kill_group()
         for child in list(self.running.values()):

@@ -21,7 +21,8 @@ server's death in the same way, so a forked child closes its copy of the server'
 Orphans therefore get a moment before they are killed.
 
 The protocol is a line of JSON for each message. First comes the owner's settings, then the server answers `ready` or
-`broken`; after that the owner sends `start` and `signal`, and the server `started`, `failed` and `exited`.
+`broken`; after that the owner sends `start`, `signal` and `ping`, and the server `started`, `failed`, `exited` and
+`pong`.
 """
 
 from __future__ import annotations
@@ -66,8 +67,8 @@ def _children_of(pid: int) -> list[int]:
     return found
 
 
-def _descendants() -> list[int]:
-    found, new = [], [os.getpid()]
+def descendants(pid: int) -> list[int]:
+    found, new = [], [pid]
     while new:
         new = [child for pid in new for child in _children_of(pid)]
         found += new
@@ -83,7 +84,7 @@ class Server:
         self.private_dir: str | None = None
         self.shm_prefix: str | None = None
         self.shared: set[str] = set()
-        self.start = time.time()
+        self.older = set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set[str]()
 
     def send(self, **message: Any) -> None:
         with contextlib.suppress(OSError):  # an owner that is gone is noticed where the socket is read
@@ -164,6 +165,9 @@ class Server:
                     return
 
     def handle(self, message: dict[str, Any]) -> None:
+        if "ping" in message:
+            self.send(pong=True)
+            return
         if "signal" in message:
             if message["pid"] in self.running:  # not yet waited for, so the number is still this child's
                 os.kill(message["pid"], message["signal"])
@@ -204,16 +208,13 @@ class Server:
 
     def note_shared_memory(self) -> None:
         """Remember the shared-memory files that descendants map and that were made in this server's time."""
-        for pid in _descendants():
+        for pid in descendants(os.getpid()):
             with contextlib.suppress(OSError), open(f"/proc/{pid}/maps") as maps:
                 for line in maps:
                     path = line.rstrip("\n").partition("/dev/shm/")[2]
-                    if path and not path.startswith("dgrpo-"):  # another run's are that run's to remove
-                        with contextlib.suppress(OSError):
-                            if (
-                                os.stat(f"/dev/shm/{path}").st_ctime >= self.start - 1
-                            ):  # the file system's clock is coarse
-                                self.shared.add(f"/dev/shm/{path}")
+                    if path and not path.startswith("dgrpo-") and path.partition("/")[0] not in self.older:
+                        if os.path.exists(f"/dev/shm/{path}"):  # another run's are that run's to remove
+                            self.shared.add(f"/dev/shm/{path}")
 
     def clear_up(self) -> None:
         """Kill every descendant, then remove what the run left in memory and in its private folder."""
@@ -298,9 +299,13 @@ def _run(target: str, args: dict[str, Any]) -> int:
 
 
 def main() -> None:
+    be_server(socket.socket(fileno=int(sys.argv[1])))
+
+
+def be_server(control: socket.socket) -> NoReturn:
+    """Serve the owner at the other end, until it is gone."""
     for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
-    control = socket.socket(fileno=int(sys.argv[1]))
     control.set_inheritable(False)
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     server = Server(control)

@@ -7,14 +7,17 @@ which share the reading (train/resuming.py).
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import os
+import shutil
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from megatron_dgrpo import points
 from megatron_dgrpo.checkpoint.identity import identities as of_models_and_data
 from megatron_dgrpo.checkpoint.manifest import Manifest, OtherFormatError, changed, checkpoints, read_manifest
 from megatron_dgrpo.checkpoint.pruning import damaged
@@ -22,6 +25,8 @@ from megatron_dgrpo.config.schema import Config
 from megatron_dgrpo.errors import CheckpointError, ConfigError, LaunchError, listing
 
 LOCK = ".lock"
+_LEAST_ROOM = 2**20
+"""Bytes that a run's logs and records need at the least; what a checkpoint needs is looked at when it is written."""
 
 
 @contextmanager
@@ -30,7 +35,7 @@ def locked(run_dir: str | Path) -> Iterator[None]:
     path = Path(run_dir) / LOCK
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        file = points.open_file("lock.open", path, os.O_RDWR | os.O_CREAT)
     except OSError as error:
         raise ConfigError(f"run_dir: {run_dir} can't be written ({error.strerror}): name another folder") from None
     try:
@@ -41,11 +46,22 @@ def locked(run_dir: str | Path) -> Iterator[None]:
             raise LaunchError(
                 f"{run_dir} is in use: {holder} runs there. Wait for it, end it, or name another run_dir"
             ) from None
-        os.ftruncate(file, 0)
-        os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        _check_room(run_dir)
+        points.cut("lock.clear", file, 0)
+        with contextlib.suppress(OSError):  # who it is that runs there is for the one who is refused
+            points.write_at("lock.owner", file, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         yield
     finally:
         os.close(file)
+
+
+def _check_room(run_dir: str | Path) -> None:
+    usage = shutil.disk_usage(run_dir)
+    if usage.free < _LEAST_ROOM:
+        raise ConfigError(
+            f"run_dir: the disk of {run_dir} is full ({usage.free:,} of {usage.total:,} bytes are free): free space "
+            "there, or name a folder on another disk"
+        )
 
 
 def finished(run_dir: str | Path) -> bool:

@@ -6,6 +6,7 @@ import json
 import time
 from pathlib import Path
 
+from megatron_dgrpo import points
 from megatron_dgrpo.config.checks import check_files
 from megatron_dgrpo.config.loader import dump
 from megatron_dgrpo.config.schema import Config, OnPolicy
@@ -45,6 +46,7 @@ def _run(config: Config, made_with: dict[str, str]) -> None:
         Supervisor(
             config.run_dir,
             saving_s=settings.grace_s,
+            stall_s=stall_s(config),
             ends_at=None if limit is None else started + limit - settings.margin_s,
         ) as supervisor,
     ):
@@ -74,15 +76,26 @@ def _run(config: Config, made_with: dict[str, str]) -> None:
         supervisor.watch()
 
 
+def stall_s(config: Config) -> float:
+    """How long rank 0 may show no sign of life: it waits for an engine that starts, and for the first answer."""
+    engines = [config.engines[name] for name in used_engines(config)]
+    waits = [engine.start_timeout_s + engine.request_timeout_s for engine in engines]
+    return config.stall_timeout_s + max(waits, default=0.0)
+
+
 def _make_run_dir(config: Config) -> Path:
     """The run's folder, with the resolved config in it."""
     resolved = Path(config.run_dir) / "config.yaml"
+    fresh = resolved.with_name(".config.yaml.new")  # an earlier run's stays whole where the disk is full
     try:
         resolved.parent.mkdir(parents=True, exist_ok=True)
-        resolved.write_text(dump(config), encoding="utf-8")
+        points.write_file("config.new", fresh, dump(config).encode(), synced=False)
+        points.rename("config.name", fresh, resolved)
         write_environment(resolved.parent)
     except OSError as error:
-        raise ConfigError(f"run_dir: {config.run_dir} can't be written ({error}): name another folder") from None
+        raise ConfigError(
+            f"run_dir: {config.run_dir} can't be written ({error}): free space there, or name another folder"
+        ) from None
     return resolved
 
 

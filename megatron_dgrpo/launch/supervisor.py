@@ -28,13 +28,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 from megatron_dgrpo.errors import LaunchError
 from megatron_dgrpo.launch import nursery
 from megatron_dgrpo.launch.keeper import Keeper, Kept
 from megatron_dgrpo.launch.nursery import Child, Nursery
 from megatron_dgrpo.launch.requests import ENDED_EARLY, NUDGE, Requests
+from megatron_dgrpo.launch.watchdog import Watchdog
 from megatron_dgrpo.launch.watched import Kind, Watched, hint, how_early
 from megatron_dgrpo.observe import progress
 from megatron_dgrpo.observe.screen import Screen
@@ -55,7 +56,7 @@ class Supervisor:
     at the end; `key` is the run's secret for its own sockets. They reach processes in their arguments, never by the
     environment. What the process named `echo` writes to its log is shown on standard output, with how far the run is.
     SIGUSR1 asks the ranks to save and go on; `saving_s` is what saving may take before the run ends of a signal, or of
-    `ends_at` (time.monotonic()).
+    `ends_at` (time.monotonic()). A rank 0 without a sign of life for `stall_s` ends the run.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Supervisor:
         grace_s: float = 10.0,
         saving_s: float = 0.0,
         ends_at: float | None = None,
+        stall_s: float | None = None,
         preload: Mapping[Kind, Sequence[str]] = PRELOAD,
     ) -> None:
         self.log_dir = Path(run_dir).absolute() / "logs"
@@ -74,7 +76,7 @@ class Supervisor:
         self.shm_prefix = f"dgrpo-{secrets.token_hex(6)}-"
         self.processes: list[Watched] = []
         self._grace_s, self._preload = grace_s, preload
-        self._saving_s, self._ends_at = saving_s, ends_at
+        self._saving_s, self._ends_at, self._stall_s = saving_s, ends_at, stall_s
         self._save_asked = False
         self._nurseries: dict[Kind, Nursery] = {}
         self._worlds = 0
@@ -89,6 +91,8 @@ class Supervisor:
         short = len(tempfile.gettempdir()) <= _LONGEST_PRIVATE_PATH
         self.private_dir = Path(tempfile.mkdtemp(prefix="dgrpo-", dir=None if short else "/tmp"))
         self._requests = Requests(self.private_dir)
+        board = self.private_dir / "board-rank0.json"
+        self._watchdog = Watchdog(self._nurseries.values, board, self._stall_s)
         if self._echo:
             self._screen = Screen(
                 self.log_dir.parent,
@@ -231,16 +235,21 @@ class Supervisor:
             over = any(p.kind == "trainer" and p.child.returncode is not None for p in self.processes)
             replaced = self._keeper.tend(over=over)
             self.processes = [process for process in self.processes if process.child not in replaced]
+            if problem := self._watchdog.problem():
+                self._end_what_hangs(f"{problem}; the run is stopped.")
             if self._fatal() or not all(n.alive for n in self._nurseries.values()):
                 self._fail()
             if not goes_on():
                 return
             if timeout_s is not None and time.monotonic() - start > timeout_s:
-                running = [process.child for process in self.processes if process.child.returncode is None]
-                self._ask_for_stacks(running)
-                words = [f"{child.name}'s last words:\n{child.last_words()}" for child in running]
-                self.stop()
-                raise LaunchError("\n".join([f"{what} after {timeout_s:g} s.", *words]))
+                self._end_what_hangs(f"{what} after {timeout_s:g} s.")
+
+    def _end_what_hangs(self, title: str) -> NoReturn:
+        running = [process.child for process in self.processes if process.child.returncode is None]
+        self._ask_for_stacks(running)
+        words = [f"{child.name}'s last words:\n{child.last_words()}" for child in running]
+        self.stop()
+        raise LaunchError("\n".join([title, *words]))
 
     def _look(self, timeout_s: float = 0.1) -> None:
         """Take in what happened, waiting a little for something to happen."""
@@ -316,7 +325,7 @@ class Supervisor:
             self._look()
         self._ask_for_stacks([child for child in running if child.returncode is None])
         for server in self._nurseries.values():
-            server.close()
+            server.close(hangs=Watchdog.hangs(server))
         if self._control:
             self._control.close()
         if self._screen:

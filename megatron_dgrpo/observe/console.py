@@ -61,15 +61,20 @@ class Console:
             line.append(f"  ({' '.join(shown)})", style="dim")
         self._print(line)
 
-    def note(self, words: str) -> None:
-        """Something else than a step."""
-        self._print(Text(words))
+    def note(self, words: str) -> bool:
+        """Something else than a step. Whether it could be shown."""
+        return self._print(Text(words))
 
-    def _print(self, line: Text) -> None:
-        if self._rich is not None:
-            self._rich.print(line, soft_wrap=True)
-        else:
-            print(line.plain, file=self._stream, flush=True)
+    def _print(self, line: Text) -> bool:
+        """A stream that takes nothing (a log on a full disk, a terminal that has gone) ends nothing."""
+        try:
+            if self._rich is not None:
+                self._rich.print(line, soft_wrap=True)
+            else:
+                print(line.plain, file=self._stream, flush=True)
+        except OSError:
+            return False
+        return True
 
 
 def cell(values: Mapping[str, Any], column: Column) -> str | None:

@@ -3,6 +3,10 @@
 A run that goes on from a checkpoint has metrics and events of steps after it. metrics.jsonl is cut at the byte where it
 was when the checkpoint was taken; of events.jsonl, lines after that byte are taken out that belong to a later step:
 that a run was started, interrupted or failed stays true. What is taken out is appended to *.removed.jsonl.
+
+Happens-before: lines are on the disk beside before they go. Lines that stay are never missing: a file without the
+others is written beside and takes the name in one step. A kill in between leaves all as it was, and some lines twice in
+*.removed.jsonl. Nobody else writes meanwhile: the supervisor has events before the ranks start and after they end.
 """
 
 from __future__ import annotations
@@ -11,6 +15,8 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+
+from megatron_dgrpo import points
 
 Step = tuple[int, int]
 """Stage and step."""
@@ -36,7 +42,7 @@ def cut_events(folder: str | Path, position: int, last: Step) -> int:
 
 def _cut(path: Path, position: int, stays: Callable[[bytes], bool]) -> int:
     try:
-        file = os.open(path, os.O_RDWR | os.O_APPEND)
+        file = points.open_file("cut.open", path, os.O_RDWR)
     except FileNotFoundError:
         return 0
     try:
@@ -46,14 +52,22 @@ def _cut(path: Path, position: int, stays: Callable[[bytes], bool]) -> int:
         kept = b"".join(line for line in lines if stays(line))
         removed = b"".join(line for line in lines if not stays(line))
         if removed:
-            aside = path.with_name(f"{path.stem}.removed{path.suffix}")
-            with aside.open("ab") as beside:
-                beside.write(removed if removed.endswith(b"\n") else removed + b"\n")
-                beside.flush()
-                os.fsync(beside.fileno())  # before it goes from where it was
-            os.ftruncate(file, position)
-            while kept:
-                kept = kept[os.write(file, kept) :]
+            _append(path.with_name(f"{path.stem}.removed{path.suffix}"), removed)
+            if not kept:
+                points.cut("records.cut", file, position)
+            else:
+                aside = path.with_name(f".{path.name}.new")
+                points.write_file("records.new", aside, os.pread(file, position, 0) + kept)
+                points.rename("records.name", aside, path)
         return len(removed)
+    finally:
+        os.close(file)
+
+
+def _append(path: Path, lines: bytes) -> None:
+    file = points.open_file("removed.open", path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    try:
+        points.write("removed.lines", file, lines if lines.endswith(b"\n") else lines + b"\n")
+        points.sync("removed.sync", file)  # before they go from where they were
     finally:
         os.close(file)

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from megatron_dgrpo import __version__
+from megatron_dgrpo import __version__, points
 
 FILE = "environment.json"
 _PACKAGES = (
@@ -45,4 +45,6 @@ def _versions() -> dict[str, str]:
 
 
 def write_environment(folder: Path) -> None:
-    (folder / FILE).write_text(json.dumps(environment(), indent=1) + "\n", encoding="utf-8")
+    aside = folder / f".{FILE}.new"
+    points.write_file("environment.new", aside, (json.dumps(environment(), indent=1) + "\n").encode(), synced=False)
+    points.rename("environment.name", aside, folder / FILE)

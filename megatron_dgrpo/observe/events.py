@@ -2,7 +2,7 @@
 
 Two processes write it, rank 0 and the supervisor, a line at a time with O_APPEND. Either may be killed inside a write:
 a writer begins a new line where the last one is unfinished, and the reader counts lines that it cannot read. Nothing
-that was written before is lost to a line that is damaged.
+that was written before is lost to a line that is damaged. What a full disk does not take waits in the writer's memory.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_dgrpo import points
 from megatron_dgrpo.errors import DGRPOError
 
 FILE = "events.jsonl"
@@ -27,19 +28,34 @@ Level = Literal["info", "warning", "error"]
 class EventLog:
     def __init__(self, folder: str | Path) -> None:
         self.path = Path(folder) / FILE
+        self._waiting: list[bytes] = []
+        self.failure = ""
+        """Why events wait; empty while none does."""
 
     def write(self, kind: str, words: str, *, level: Level = "info", **where: str | int | float) -> None:
         """One event. `where` says at which stage and step."""
         record = {"time": time.time(), "level": level, "kind": kind, **where, "words": words}
         line = json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        self._waiting.append(line)
+        self.flush()
+
+    def flush(self) -> None:
+        """Write what waits, as far as there is room."""
+        self.failure = ""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            while self._waiting:
+                self._append(self._waiting[0])
+                del self._waiting[0]
+        except OSError as error:
+            self.failure = error.strerror or str(error)
+
+    def _append(self, line: bytes) -> None:
+        file = points.open_file("events.open", self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         try:
             size = os.fstat(file).st_size
             torn = size > 0 and os.pread(file, 1, size - 1) != b"\n"
-            rest = memoryview(b"\n" * torn + line)
-            while rest:
-                rest = rest[os.write(file, rest) :]
+            points.write("events.line", file, b"\n" * torn + line)
         finally:
             os.close(file)
 
@@ -79,8 +95,7 @@ def run_events(folder: str | Path) -> Iterator[EventLog]:
     try:
         yield log
     except BaseException as error:
-        with contextlib.suppress(OSError):  # a full disk may be what the run ended of
-            log.write(*_ending(error), level="error" if isinstance(error, Exception) else "warning")
+        log.write(*_ending(error), level="error" if isinstance(error, Exception) else "warning")
         raise
     log.write("end", "ended well")
 

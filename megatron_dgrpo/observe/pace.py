@@ -1,4 +1,8 @@
-"""How long what is left of a stage will take, from the steps seen last."""
+"""How long what is left of a stage will take, from the steps seen last.
+
+Records have the time of the day, and a clock may be set back between two of them: no time has passed then, as far as
+they tell, and what follows is counted on from there.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,7 @@ class Pace:
     def __init__(self) -> None:
         self._stage: int | None = None
         self._seen: deque[tuple[int, float]] = deque(maxlen=_STEPS + 1)
+        self._set_back = 0.0  # by how much, so far
 
     def observe(self, record: Mapping[str, Any]) -> None:
         """A record of metrics.jsonl."""
@@ -24,7 +29,9 @@ class Pace:
             self._stage = number
             self._seen.clear()
         if not self._seen or step > self._seen[-1][0]:
-            self._seen.append((step, float(moment)))
+            if self._seen:
+                self._set_back += max(0.0, self._seen[-1][1] - moment - self._set_back)
+            self._seen.append((step, moment + self._set_back))
 
     def left_s(self, steps: int) -> float | None:
         """Seconds until step `steps` of the stage; None while nothing is known."""

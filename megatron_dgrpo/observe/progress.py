@@ -19,7 +19,7 @@ from pathlib import Path
 
 VARIABLE = "DGRPO_PROGRESS"
 _SECONDS_BETWEEN_WRITES = 0.2
-_SIZE = 1024
+_SIZE = 2048
 """Bytes of a board: a shorter state is filled up, so that nothing of a longer one stays."""
 
 
@@ -34,12 +34,15 @@ class State:
     """0 where it is not known."""
     unit: str = ""
     began: float = 0.0
-    """time.time() of its start."""
+    """time.monotonic() of its start, which all processes of a machine share."""
     stage: str = ""
     stage_number: int = 0
     step: int = 0
     """The step that is under way; 0 before the first."""
     steps: int = 0
+    notice: str = ""
+    """What could be said nowhere else."""
+    notices: int = 0
 
 
 class Board:
@@ -55,18 +58,24 @@ class Board:
         """A step begins."""
         self._set(replace(self._state, done=self._done, stage=stage, stage_number=number, step=step, steps=steps))
 
+    def say(self, words: str) -> None:
+        """Where the log takes nothing."""
+        notice = words.encode("ascii", "replace").decode()[:1000]
+        self._set(replace(self._state, done=self._done, notice=notice, notices=self._state.notices + 1))
+
     @contextlib.contextmanager
     def task(self, what: str, total: float = 0, unit: str = "") -> Iterator[Task]:
         """Something long begins, and ends with the context; one inside another stands in its place meanwhile."""
         what = what if len(what) <= 100 else f"...{what[-97:]}"
         before = replace(self._state, done=self._done)
         task = Task(self)
-        self._set(replace(before, what=what, done=0, total=total, unit=unit, began=time.time()))
+        self._set(replace(before, what=what, done=0, total=total, unit=unit, began=time.monotonic()))
         try:
             yield task
         finally:
             at = self._state  # a step may have begun inside
-            self._set(replace(before, stage=at.stage, stage_number=at.stage_number, step=at.step, steps=at.steps))
+            now = {key: getattr(at, key) for key in ("stage", "stage_number", "step", "steps", "notice", "notices")}
+            self._set(replace(before, **now))
 
     def over[T](self, items: Iterable[T], what: str, total: float, unit: str = "") -> Iterator[T]:
         """The items, each counted when the next one is asked for."""

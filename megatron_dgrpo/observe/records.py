@@ -1,10 +1,13 @@
 """A run's records: each step goes to metrics.jsonl whole, to the console in short, and to the trackers.
 
-What else happens goes to events.jsonl and to the console.
+What else happens goes to events.jsonl and to the console. A disk that is full stops none of it: lines wait in memory
+until there is room, and that is told once each way. Rank 0's console is a log, on the same disk as a rule: what it does
+not take is said on the board, which the supervisor shows.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -44,6 +47,7 @@ class Records:
         self._steps = steps
         self._where: dict[str, str | int] = {}
         self._shown_at = -math.inf
+        self._waits = False  # for room on the disk
         self._tracked = [Tracked(name, make, self._tracker_failed) for name, make in trackers]
         if self._writer.torn_bytes:
             self.note(
@@ -78,6 +82,7 @@ class Records:
             if "tokens" in values and elapsed > 0:
                 record["tokens_per_s"] = float(values["tokens"]) / elapsed
         self._writer.write(record)
+        self._look_after_the_files()
         for tracked in self._tracked:
             tracked.log(sum(self._steps[:number]) + step, record)
         if step in (0, 1, steps) or "heldout/reward" in values or time.monotonic() - self._shown_at >= _CONSOLE_S:
@@ -87,7 +92,24 @@ class Records:
     def note(self, words: str, *, kind: str = "note", level: Level = "info") -> None:
         """Something else than a figure."""
         self._events.write(kind, words, level=level, **self._where)
-        self._console.note(words if level == "info" or words.startswith(f"{level}:") else f"{level}: {words}")
+        shown = words if level == "info" or words.startswith(f"{level}:") else f"{level}: {words}"
+        if not self._console.note(shown):
+            self.board.say(shown)
+
+    def _look_after_the_files(self) -> None:
+        """Whether they take what is written, where that has changed."""
+        if self._events.failure:
+            self._events.flush()
+        failure = self._writer.failure or self._events.failure
+        if bool(failure) == self._waits:
+            return
+        self._waits = bool(failure)
+        if failure:
+            words = f"{self._writer.path.parent} can't be written ({failure}): figures and events wait in memory"
+            self.note(f"{words}, and training goes on; free space there", kind="disk", level="warning")
+        else:
+            lost = f"; {self._writer.num_lost} of the oldest steps are lost" if self._writer.num_lost else ""
+            self.note(f"there is room again: figures and events that waited are written{lost}", kind="disk")
 
     def _tracker_failed(self, words: str) -> None:
         """Called by a tracker's own thread."""
@@ -99,9 +121,12 @@ class Records:
         return {"metrics": self._writer.position, "events": events.stat().st_size if events.exists() else 0}
 
     def sync(self) -> None:
-        self._writer.sync()
+        """Before a checkpoint that names their places; a disk that does not do it takes no checkpoint, either."""
+        with contextlib.suppress(OSError):
+            self._writer.sync()
 
     def close(self) -> None:
         for tracked in self._tracked:
             tracked.close()
         self._writer.close()
+        self._look_after_the_files()

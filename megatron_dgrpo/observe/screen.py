@@ -59,7 +59,8 @@ class Screen:
         self._latest: dict[str, Any] = {}
         self._pace = Pace()
         self._gone = False
-        self._told: tuple[str, float] = ("", 0.0)
+        self._told: tuple[str, float] = ("", -_LINE_S)
+        self._notices: dict[Path, int] = {}
         rich = RichConsole(file=stream, highlight=False)
         self._rich = rich if stream.isatty() and not rich.is_dumb_terminal else None
         self._live: Live | None = None
@@ -82,6 +83,7 @@ class Screen:
         for line in self._log.lines(last) if self._log else ():
             if not self._hidden(line):
                 self._guarded(lambda line=line: self._print(line))  # type: ignore[misc]
+        self._guarded(self._show_notices)
         if self._rich is not None:
             self._follow_metrics()
             if not last and time.monotonic() - self._drawn_at >= 0.2:
@@ -108,6 +110,14 @@ class Screen:
             text.highlight_regex(pattern, style)
         self._rich.print(text, soft_wrap=True)
 
+    def _show_notices(self) -> None:
+        """What a process could not say in its log."""
+        for path in self._boards():
+            state = read_board(path)
+            if state is not None and state.notices > self._notices.get(path, 0):
+                self._notices[path] = state.notices
+                self._print(state.notice)
+
     def _state(self) -> State | None:
         """Of the process that began something last."""
         states = [state for path in self._boards() if (state := read_board(path)) is not None]
@@ -117,7 +127,7 @@ class Screen:
 
     def _tell(self) -> None:
         """A line about what is long, now and then."""
-        now = time.time()
+        now = time.monotonic()
         if now - self._told[1] < _LINE_S / 20:
             return
         state = self._state()
@@ -175,7 +185,7 @@ class Screen:
             bars = Table.grid(padding=(0, 1))
             known = state.total > 0
             bar = ProgressBar(total=state.total if known else None, completed=state.done, width=30, pulse=not known)
-            bars.add_row(Text(state.what), bar, Text(_amount(state, time.time()), "dim"))
+            bars.add_row(Text(state.what), bar, Text(_amount(state, time.monotonic()), "dim"))
             parts.append(bars)
         return Group(*parts)
 

@@ -19,6 +19,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from megatron_dgrpo import points
+
 _LARGEST = 3.4028234e38  # of a float
 
 
@@ -66,7 +68,8 @@ class EventFile:
         Path(folder).mkdir(parents=True, exist_ok=True)
         name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
         self.path = Path(folder) / name
-        self._file = self.path.open("xb", buffering=0)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+        self._file = points.open_file("tensorboard.open", self.path, flags)
         self._write(time.time(), _bytes_field(3, b"brain.Event:2"))
 
     def scalars(self, step: int, values: Mapping[str, float], moment: float) -> None:
@@ -83,7 +86,8 @@ class EventFile:
         data = b"\x09" + struct.pack("<d", moment) + rest
         length = struct.pack("<Q", len(data))
         crc = struct.Struct("<I").pack
-        self._file.write(length + crc(masked_crc(length)) + data + crc(masked_crc(data)))
+        record = length + crc(masked_crc(length)) + data + crc(masked_crc(data))
+        points.write("tensorboard.record", self._file, record)
 
     def close(self) -> None:
-        self._file.close()
+        os.close(self._file)

@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import Store
 
+from megatron_dgrpo import points
 from megatron_dgrpo.checkpoint.hf.shards import WeightShard, WeightSpec
 from megatron_dgrpo.errors import DGRPOError, TransferError
 from megatron_dgrpo.rollout import cuda
@@ -188,6 +189,7 @@ class _DevicePush(_Push):
             slot.zero_()
             wrote = self._write(bucket, shards)
             sums = self._agree(number, bucket, wrote)
+            points.reached("device.sum")
             dist.all_reduce(slot, group=self.ranks)
             self._wait_for_device()
             self._hand_over(number, bucket, slot, sums)

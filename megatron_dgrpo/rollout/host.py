@@ -13,6 +13,7 @@ A deterministic engine serves one call at a time, whole, from its first step: th
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import sys
@@ -167,7 +168,8 @@ class Host:
                 self.server.drop(peer, f"sent a {type(message).__name__}, which is not a client's to send")
 
     def _fail(self, peer: Peer, call: int, kind: str, text: str) -> None:
-        print(f"{peer.name} got a failure ({kind}): {text}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # a log on a full disk ends no engine
+            print(f"{peer.name} got a failure ({kind}): {text}", file=sys.stderr, flush=True)
         self.server.send(peer, m.Failure(call, kind, text))
 
     def _generate(self, peer: Peer, message: m.Generate) -> None:

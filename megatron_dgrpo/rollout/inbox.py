@@ -6,13 +6,13 @@ dying leaves it behind. A bucket counts as here only if all of its bytes came fo
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import os
 import secrets
 
 import numpy as np
 
+from megatron_dgrpo import points
 from megatron_dgrpo.errors import TransferError
 from megatron_dgrpo.rollout.buckets import rows_of
 from megatron_dgrpo.rollout.messages import BeginUpdate, LoadBucket, WeightBytes
@@ -26,7 +26,7 @@ class Inbox:
         self._specs = {spec.name: spec for spec in update.tensors}
         self._call, self._start, self._stop = 0, 0, 0  # the bucket whose bytes come, and which of them have
         self.path = os.path.join(_SHM, f"dgrpo-inbox-{secrets.token_hex(6)}")
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        descriptor = points.open_file("inbox.file", self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         try:
             os.posix_fallocate(descriptor, 0, update.num_bytes)
             self._file = np.frombuffer(mmap.mmap(descriptor, update.num_bytes), np.uint8)
@@ -40,8 +40,7 @@ class Inbox:
             os.close(descriptor)
 
     def unlink(self) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.path)
+        points.remove("inbox.unlink", self.path, missing_ok=True)
 
     def put(self, message: WeightBytes) -> None:
         start, stop = message.offset, message.offset + len(message.data)
@@ -51,6 +50,7 @@ class Inbox:
             self._call, self._start, self._stop = message.call, start, start
         if start != self._stop:
             raise TransferError(f"Bytes of weights came from {start} on, which is not where they were left")
+        points.reached("inbox.bytes")
         self._file[start:stop] = message.data
         self._stop = stop
 

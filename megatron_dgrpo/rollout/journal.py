@@ -7,8 +7,11 @@ damaged, left out or repeated is found. In their order they are
     Began     what is asked for, and the version of the weights that answer
     Group     a prompt's samples with their rewards, log-probs, versions and seeds, as soon as all have ended
     Trained   the samples that an update was made of, after that update
+    Undone    the run went on from a checkpoint before this step: its updates are not in the weights any more
 
-A step that is begun again gets another `Began` in the same file: what counts is what follows the last one.
+A step that is begun again gets another `Began` in the same file: what counts is what follows the last one. A run that
+goes on marks all later steps as `Undone` before it trains, so that at any time the samples that files call trained are
+those of the updates in the run's weights, each once.
 
 Happens-before: a group is written before any rank sees it, and `sync` (fsync of file and folder) comes before each use;
 `Trained` comes after its update and is synced as well. So a process that is killed loses nothing that was used, and a
@@ -29,6 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_dgrpo import points
 from megatron_dgrpo.errors import RolloutError
 from megatron_dgrpo.packing.trajectory import Trajectory
 from megatron_dgrpo.rollout.codec import HEADER, MAGIC, decode, encode, frame_length, register
@@ -61,6 +65,13 @@ class Trained:
     samples: tuple[tuple[str, int], ...]
 
 
+@register
+@dataclass(frozen=True)
+class Undone:
+    stage: int
+    step: int  # after which the run went on
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a record is."""
@@ -83,6 +94,7 @@ class StepRollouts:
     trained: list[Trained]
     attempts: int  # how often it was begun
     torn_bytes: int  # of a record at the end whose writing was cut short
+    undone: bool = False  # the run went on from before it; no update counts
 
     @property
     def trajectories(self) -> list[Trajectory]:
@@ -139,12 +151,14 @@ def read_step(folder: str | Path, stage: int, step: int) -> StepRollouts:
     if not begun:
         raise RolloutError(f"{path} holds no whole record: the run ended when the step began")
     after = records[begun[-1] + 1 :]
+    undone = any(isinstance(record, Undone) for record in after)
     return StepRollouts(
         began=records[begun[-1]],
         groups=[record for record in after if isinstance(record, Group)],
-        trained=[record for record in after if isinstance(record, Trained)],
+        trained=[] if undone else [record for record in after if isinstance(record, Trained)],
         attempts=len(begun),
         torn_bytes=len(content) - end,
+        undone=undone,
     )
 
 
@@ -203,19 +217,41 @@ class Journal:
 
     def begin(self, began: Began) -> None:
         """Later records are of this step. Its file may be there already, from before."""
-        self.close()
         path = segment_path(self.folder, began.stage, began.step)
+        self._open(path)
+        with self._saying_so(path):
+            self._forget_old_steps((began.stage, began.step))
+        self._put(began)
+        self.sync()
+
+    def go_on(self, after: tuple[int, int]) -> int:
+        """The run goes on after this (stage, step): later ones are undone. Returns how many have been, of those that
+        were trained."""
+        count = 0
+        for stage, step in steps(self.folder):
+            if (stage, step) <= after:
+                continue
+            records = self._open(segment_path(self.folder, stage, step))
+            last = next((record for record in reversed(records) if not isinstance(record, Group)), None)
+            if isinstance(last, Trained):
+                self._put(Undone(*after))
+                self.sync()
+                count += 1
+        self.close()
+        return count
+
+    def _open(self, path: Path) -> list[Any]:
+        """A step's file, to write on in it; the records that it has."""
+        self.close()
         with self._saying_so(path):
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            self._file = points.open_file("journal.open", path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
             content = path.read_bytes() if os.fstat(self._file).st_size else b""
             records, self._size = _records(path, content)
             self._path, self._count, self.cut_bytes = path, len(records), len(content) - self._size
             if self.cut_bytes:
-                os.ftruncate(self._file, self._size)
-            self._forget_old_steps()
-        self._put(began)
-        self.sync()
+                points.cut("journal.torn", self._file, self._size)
+        return records
 
     def append(self, group: Group) -> Place:
         return self._put(group)
@@ -228,12 +264,8 @@ class Journal:
         """What was written so far survives the machine."""
         assert self._path is not None, "begin comes first"
         with self._saying_so(self._path):
-            os.fsync(self._file)
-            folder = os.open(self.folder, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            points.sync("journal.sync", self._file)
+            points.sync_folder("journal.folder", self.folder)
 
     def read(self, place: Place) -> Group:
         """A group of the step that is being written."""
@@ -255,24 +287,23 @@ class Journal:
             frame = encode(record, sequence=self._count)
             with self._saying_so(path):
                 try:
-                    rest = memoryview(frame)
-                    while rest:
-                        rest = rest[os.write(self._file, rest) :]
+                    points.write("journal.record", self._file, frame)
                 except OSError:
                     with contextlib.suppress(OSError):
-                        os.ftruncate(self._file, self._size)
+                        points.cut("journal.undo", self._file, self._size)
                     raise
             place = Place(path, self._size, len(frame), self._count)
             self._size += len(frame)
             self._count += 1
             return place
 
-    def _forget_old_steps(self) -> None:
+    def _forget_old_steps(self, now: tuple[int, int]) -> None:
+        """Steps after this one may have files: of before the run went on from an earlier one."""
         if self._keep is None:
             return
-        older = [name for name in steps(self.folder) if segment_path(self.folder, *name) != self._path]
+        older = [name for name in steps(self.folder) if name < now]
         for name in older[: max(0, len(older) + 1 - self._keep)]:
-            os.unlink(segment_path(self.folder, *name))
+            points.remove("journal.forget", segment_path(self.folder, *name))
 
     @contextlib.contextmanager
     def _saying_so(self, path: Path) -> Any:

@@ -16,12 +16,12 @@ from __future__ import annotations
 import contextlib
 import hmac
 import json
-import os
 import secrets
 import select
 import socket
 from typing import Any
 
+from megatron_dgrpo import points
 from megatron_dgrpo.errors import TransferError
 from megatron_dgrpo.rollout.board import Board
 from megatron_dgrpo.rollout.wire import listen
@@ -89,7 +89,7 @@ class Links:
         """Tell the others that one more bucket's place may be written again."""
         for lines in self._ranks.values():
             with contextlib.suppress(OSError):  # whoever has gone is found when its next line is awaited
-                lines.socket.send(b".")
+                points.send("links.free", lines.socket, b".")
 
     def _wait_for_lines(self, what: str) -> None:
         poll = select.poll()
@@ -126,8 +126,7 @@ class Links:
         if self._listener is not None:
             self._listener.close()
             self._listener = None
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self._path)
+            points.remove("links.unlink", self._path, missing_ok=True)
 
     # ---- the others ----
 
@@ -141,7 +140,7 @@ class Links:
         assert self._to_first is not None
         with self._first_rank("it to take what was written"):
             self._to_first.settimeout(self._board.left())
-            self._to_first.sendall(_line(line) + b"\n")
+            points.send_all("links.line", self._to_first, _line(line) + b"\n")
 
     def await_freed(self, count: int, what: str) -> None:
         """Wait until rank 0 has called `free` so often."""

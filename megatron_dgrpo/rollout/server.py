@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import selectors
 import socket
 import sys
 import time
 from typing import Any
 
+from megatron_dgrpo import points
 from megatron_dgrpo.errors import RolloutError
 from megatron_dgrpo.rollout.wire import Channel, keep_alive, listen, parse_address
 
@@ -109,11 +109,12 @@ class Server:
         family, path = parse_address(self.address)
         if family == socket.AF_UNIX:
             with contextlib.suppress(OSError):
-                os.unlink(path)
+                points.remove("server.unlink", path)
 
     def drop(self, peer: Peer, why: str) -> None:
         """End a connection, and say so in the log."""
-        print(f"{peer.name} was dropped: {why}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # of a full disk
+            print(f"{peer.name} was dropped: {why}", file=sys.stderr, flush=True)
         self._hang_up(peer)
 
     def _hang_up(self, peer: Peer) -> None:
@@ -145,7 +146,7 @@ class Server:
         try:
             while outgoing and not peer.gone:
                 with memoryview(outgoing) as view:
-                    count = peer.socket.send(view[:_CHUNK])
+                    count = points.send("server.send", peer.socket, view[:_CHUNK])
                 del outgoing[:count]
         except BlockingIOError:
             return

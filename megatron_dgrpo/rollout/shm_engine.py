@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 
+from megatron_dgrpo import points
 from megatron_dgrpo.checkpoint.hf.headers import read_headers
 from megatron_dgrpo.errors import TransferError, listing
 from megatron_dgrpo.rollout.buckets import map_shared, piece_shape, rows_of
@@ -130,6 +131,7 @@ class SharedMemoryWeightTransferEngine(WeightTransferEngine[SharedMemoryInit, Sh
             for name, (start, stop), offset in zip(info.names, rows, info.offsets, strict=True)
         ]
         self._verify(pieces, info.checksums)
+        points.reached("engine.bucket")
         for weight in self._packed:
             weight.tear()
         for name, start, piece in pieces:
@@ -145,6 +147,7 @@ class SharedMemoryWeightTransferEngine(WeightTransferEngine[SharedMemoryInit, Sh
             raise TransferError(
                 listing("These tensors never came whole, so the engine has old weights:", sorted(self._next_row))
             )
+        points.reached("engine.finish")
         for weight in self._packed:
             weight.whole()
         self._pack_experts()

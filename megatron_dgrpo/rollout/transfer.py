@@ -32,6 +32,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch.distributed import Store
 
+from megatron_dgrpo import points
 from megatron_dgrpo.checkpoint.hf.shards import WeightShard, WeightSpec
 from megatron_dgrpo.errors import DGRPOError, TransferError
 from megatron_dgrpo.rollout.board import Board
@@ -76,6 +77,7 @@ def push_weights(
         with push.mapped_file(version, shm_prefix):
             push.move(ShardReader(shards, manifest))
             push.finish(version)
+            points.reached("transfer.end")
     except BaseException as error:
         board.fail(f"rank {rank}: {error or type(error).__name__}")
         for client in clients:
@@ -113,6 +115,7 @@ class _Push:
                 self.path = os.path.join(_SHM, f"{prefix}weights-{secrets.token_hex(6)}")
                 self._create()
                 self._offer(version)
+                points.reached("transfer.begin")
                 if self.board.num_ranks > 1:
                     socket = self.links.open(f"{self.path}.socket")
                     self.board.publish("path", json.dumps([version, self.path, *socket]).encode())
@@ -130,7 +133,7 @@ class _Push:
 
     def _create(self) -> None:
         size = self.plan.file_bytes
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        descriptor = points.open_file("transfer.file", self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         try:
             os.posix_fallocate(descriptor, 0, size)  # without it, a full /dev/shm is a bus error on a write
         except OSError as error:
@@ -150,8 +153,7 @@ class _Push:
 
     def _unlink(self) -> None:
         if self.board.rank == 0 and self.path:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.path)
+            points.remove("transfer.unlink", self.path, missing_ok=True)
             self.path = ""
 
     def _offer(self, version: int) -> None:
@@ -190,6 +192,7 @@ class _Push:
                 first, (start, stop) = shard.box[0][0], box[0]
                 local = local[start - first : stop - first]
                 place = place[(slice(start - piece.start, stop - piece.start), *(slice(*b) for b in box[1:]))]
+            points.reached("transfer.box")
             place.copy_(local)
             boxes.append((number, box))
             if self.checksums:
@@ -228,6 +231,7 @@ class _Push:
         left = self.board.left()
         sums = sums if self.checksums else []
         self.asked.append([c.load_bucket(names, offsets, sums, rows, deadline_s=left) for c in self.clients])
+        points.reached("transfer.told")
 
     def _collect_answers(self, num_rounds: int) -> None:
         while self.num_loaded_rounds < num_rounds:

@@ -27,6 +27,7 @@ import time
 from hashlib import blake2b
 from typing import Any
 
+from megatron_dgrpo import points
 from megatron_dgrpo.errors import RolloutError
 from megatron_dgrpo.rollout import codec
 from megatron_dgrpo.rollout.codec import decode, encode, register
@@ -289,7 +290,8 @@ class Connection:
             raise RolloutError(f"the deadline passed; waited for {what}")
         try:
             if ready[0][1] & select.POLLOUT:
-                del self._channel.outgoing[: self._socket.send(memoryview(self._channel.outgoing)[:_CHUNK].tobytes())]
+                part = memoryview(self._channel.outgoing)[:_CHUNK].tobytes()
+                del self._channel.outgoing[: points.send("wire.send", self._socket, part)]
             if ready[0][1] & ~select.POLLOUT:
                 data = self._socket.recv(_CHUNK)
                 if not data:

@@ -32,7 +32,8 @@ _OWN = (  # what most ranks of tests import: together it takes as long as a smal
     "megatron_dgrpo.algorithms.build",
     "megatron_dgrpo.checkpoint.megatron",
     "megatron_dgrpo.teacher.frozen",
-    "megatron_dgrpo.train.update",
+    "megatron_dgrpo.train.checks",
+    "megatron_dgrpo.train.worker",
 )
 _PRELOAD: dict[str, tuple[str, ...]] = {
     "trainer": (*nursery.TRAINER_PRELOAD, "transformers.models.qwen3.modeling_qwen3", *_OWN, "pytest"),

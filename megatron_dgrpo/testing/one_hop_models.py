@@ -13,9 +13,9 @@ from megatron_dgrpo.testing.one_hop import write_one_hop
 from megatron_dgrpo.testing.tiny import save_tiny_qwen3
 
 
-def write_models(folder: Path, seed: int) -> None:
+def write_models(folder: Path, seed: int, *, num_train: int = 8192, num_heldout: int = 512) -> None:
     """`task/`, `teacher/`, `student/`. The seed varies the task; the models start from the same weights for all."""
-    files = write_one_hop(folder / "task", num_train=8192, num_heldout=512, seed=seed)
+    files = write_one_hop(folder / "task", num_train=num_train, num_heldout=num_heldout, seed=seed)
     sizes = {"teacher": (128, 4, 2, 1), "student": (64, 2, 1, 4)}
     for name, (hidden, heads, kv_heads, model_seed) in sizes.items():
         save_tiny_qwen3(

@@ -16,6 +16,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from megatron_dgrpo import points
 from megatron_dgrpo.errors import RolloutError
 from megatron_dgrpo.rollout.codec import decode, encode
 from megatron_dgrpo.rollout.messages import Chunk, WeightsWanted
@@ -33,6 +34,7 @@ class Announcements:
     def say(self, message: Announcement) -> None:
         """On rank 0."""
         assert self._rank == 0
+        points.reached("announce")
         with self._lock:
             if self._num_readers:
                 self._store.set(self._key(), encode(message))  # type: ignore[arg-type] # its stub says text

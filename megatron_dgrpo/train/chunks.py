@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from megatron_dgrpo import points
 from megatron_dgrpo.config.schema import OnPolicy, Periodic
 from megatron_dgrpo.data.dataset import PromptRow
 from megatron_dgrpo.observe.timers import Phases
@@ -51,6 +52,7 @@ def chunks(
                 with run.waiting():
                     mine = next(source)
             chunk = run.share(mine, patience_s(run, stage.engine))
+        points.reached("step.chunk")
         last = chunk.last
         yield [trajectory for group in chunk.groups for trajectory in group.trajectories]
 

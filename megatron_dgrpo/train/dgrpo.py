@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from megatron_dgrpo import points
 from megatron_dgrpo.algorithms.build import dgrpo_loss, head_options
 from megatron_dgrpo.algorithms.factors import Factors
 from megatron_dgrpo.algorithms.mismatch import check_mismatch
@@ -55,6 +56,7 @@ def run_dgrpo(run: Run, stage: OnPolicy, number: int, progress: Progress) -> Non
             for work in parts:
                 with phases("train"):
                     gradients.add(work)
+                points.reached("step.part")
             with phases("train"), finite(kind, number, step, update):
                 metrics = gradients.finish(tally.scale)
                 if warning := check_mismatch(stage.mismatch, metrics, f"stages.{number}"):
@@ -62,8 +64,10 @@ def run_dgrpo(run: Run, stage: OnPolicy, number: int, progress: Progress) -> Non
                 metrics |= student.update()
             seen.append(metrics)
             run.version += 1
+            points.reached("step.update")
             if run.journal is not None:
                 run.journal.trained(Trained(update, run.version, tally.samples_of(update)))
+                points.reached("step.journal")
             tally.facts |= {f"reward/{name}": count for name, count in run.reward_failures().items()}
             last = update == len(updates)
             run.report(number, step, tally.facts | metrics, update=update, phases=phases if last else None)

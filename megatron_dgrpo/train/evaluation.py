@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from megatron_dgrpo import points
 from megatron_dgrpo.observe.timers import Phases
 from megatron_dgrpo.train.collect import Asked, collect, reward_means, totals
 from megatron_dgrpo.train.run import Run
@@ -34,6 +35,7 @@ def evaluate(run: Run, stage: int, step: int) -> float | None:
         step=0,
         what="evaluate",
     )
+    points.reached("evaluate")
     trajectories = collect(run, asked, phases)
     run.rest(settings.engine)
     if not trajectories:  # not rank 0, which reports

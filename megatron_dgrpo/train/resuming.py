@@ -18,6 +18,7 @@ from megatron_dgrpo.checkpoint.agree import agreed
 from megatron_dgrpo.checkpoint.manifest import (
     TRAINER,
     Manifest,
+    OtherFormatError,
     checkpoints,
     hash_problems,
     read_manifest,
@@ -26,6 +27,7 @@ from megatron_dgrpo.checkpoint.manifest import (
 from megatron_dgrpo.checkpoint.pruning import set_aside
 from megatron_dgrpo.errors import CheckpointError, listing
 from megatron_dgrpo.observe.cut import cut_events, cut_metrics
+from megatron_dgrpo.rollout.journal import Journal
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,8 @@ def _problems(folder: Path) -> list[str]:
     try:
         manifest: Manifest | None = read_manifest(folder)
         mine: list[str] = []
+    except OtherFormatError:  # on every rank: it is not for this version to set aside
+        raise
     except CheckpointError as error:
         manifest, mine = None, [str(error)]
     if manifest is not None:
@@ -85,11 +89,14 @@ def cut_records(run_dir: str | Path, resumed: Resumed) -> list[str]:
     trainer = resumed.trainer or {"positions": {"metrics": 0, "events": 0}, "stage": 0, "step": -1}
     metrics = cut_metrics(run_dir, trainer["positions"]["metrics"])
     events = cut_events(run_dir, trainer["positions"]["events"], (trainer["stage"], trainer["step"]))
+    undone = Journal(Path(run_dir) / "rollouts").go_on((trainer["stage"], trainer["step"]))
     removed = [
         f"{size} bytes of {name}.jsonl are in {name}.removed.jsonl now: their steps are taken again"
         for name, size in (("metrics", metrics), ("events", events))
         if size
     ]
+    if undone:
+        removed.append(f"the rollouts of {undone} steps are marked as not trained on: they are generated again")
     if resumed.folder is None:
         return [*resumed.said, *removed]
     return [*resumed.said, f"goes on from checkpoint {resumed.folder.name}", *removed]

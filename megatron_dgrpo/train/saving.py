@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from megatron_dgrpo import points
 from megatron_dgrpo.checkpoint.manifest import OPTIMIZER, Manifest
 from megatron_dgrpo.checkpoint.training import Saver, load_training
 from megatron_dgrpo.errors import CheckpointError
@@ -93,7 +94,9 @@ class Progress:
             self._evaluate(number, step)
         steps = self._run.config.stages[number].steps
         for following in range(step + 1, steps + 1):
+            points.reached("step.begin")
             yield following
+            points.reached("step.end")
             self._mark(number, following, evaluated=False)
             self._evaluate(number, following)
             self._follow(self._order(last=following == steps))
@@ -230,5 +233,7 @@ class Progress:
                 f"{folder} has no optimizer state, after {updates} updates: moments would begin at zero. Go on with "
                 "another checkpoint, or set resume.allow=[optimizer]"
             )
+        points.reached("resume")
         load_training(student.decoder, student.optimizer if updates and not lacking else None, folder)
         student.resume(0 if lacking else updates)
+        points.reached("load")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from megatron_dgrpo import points
 from megatron_dgrpo.algorithms.build import dgrpo_loss, head_options, sft_loss, static_streams
 from megatron_dgrpo.algorithms.factors import Factors
 from megatron_dgrpo.algorithms.losses import Loss
@@ -44,6 +45,7 @@ def run_static(run: Run, stage: Static, number: int, progress: Progress) -> None
         with phases("train"), finite(run.config.stages[number].kind, number, step):
             metrics = compute_gradients(student, work) | student.update()
             run.version += 1
+            points.reached("step.update")
         run.report(number, step, facts | metrics, phases=phases)
 
 

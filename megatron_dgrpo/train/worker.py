@@ -14,6 +14,7 @@ from megatron_dgrpo.config.schema import Config, Layout, OnPolicy, Static
 from megatron_dgrpo.data.tokenizer import Tokenizer
 from megatron_dgrpo.launch.rendezvous import join_world
 from megatron_dgrpo.launch.requests import Requests
+from megatron_dgrpo.observe.pulse import Pulse
 from megatron_dgrpo.observe.records import Records
 from megatron_dgrpo.observe.trackers import trackers
 from megatron_dgrpo.parallel import platform
@@ -44,6 +45,7 @@ def main(
 ) -> None:
     """Target of the supervisor. `engines` are the addresses of the engine hosts that it starts, replica by replica,
     `control` its own, `requests` the folder of what it asks for, `identities` what the run is made with."""
+    Pulse()
     config = load(config_path)
     torch.set_num_threads(config.threads_per_rank)
     if torch.cuda.is_available():

@@ -15,8 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_dgrpo.points.plan import AFTER, HALF, Fault
 from megatron_dgrpo.testing import run_distributed
 from megatron_dgrpo.testing.distributed import RankError
+from megatron_dgrpo.testing.faults import plan
 from megatron_dgrpo.testing.tiny import save_tiny_qwen3
 
 
@@ -76,6 +78,16 @@ def test_a_killed_export_leaves_nothing_under_the_name(source: Path, tmp_path: P
         run_distributed(export, 2, str(source), str(target), {"rank": rank, "kill": 9})
     left = [path.name for path in tmp_path.iterdir()]
     assert left in ([".target.partial"], []) and (rank == 1 or left)
+    works_now(source, target)
+
+
+@pytest.mark.parametrize("moment", [HALF, AFTER])
+def test_an_export_of_several_files_that_is_killed_at_its_index(source: Path, tmp_path: Path, moment: str) -> None:
+    target = tmp_path / "folder/target"
+    env = plan(tmp_path / "plan", Fault("export.index", "kill", moment, role="rank0"))
+    with pytest.raises(RankError, match="rank0 was killed by SIGKILL"):
+        run_distributed(export, 2, str(source), str(target), {}, env=env)
+    assert [path.name for path in target.parent.iterdir()] == [".target.partial"]
     works_now(source, target)
 
 

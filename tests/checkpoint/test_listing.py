@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 from pathlib import Path
 
 import pytest
 
 from megatron_dgrpo.checkpoint.manifest import MANIFEST, Manifest, checkpoints, folder_name, hash_file
-from megatron_dgrpo.checkpoint.pruning import damaged, set_aside
+from megatron_dgrpo.checkpoint.pruning import LOCK, damaged, prune, set_aside
 from megatron_dgrpo.cli import main
 
 
@@ -49,6 +50,21 @@ def test_pruning_and_setting_aside(tmp_path: Path, capsys: pytest.CaptureFixture
     said = capsys.readouterr().out
     assert "removed 00-000001" in said and "00-000003.damaged was damaged" in said
     assert [path.name for path in checkpoints(tmp_path)] == ["00-000002"] and len(damaged(tmp_path)) == 2
+
+
+def test_what_a_kill_left_goes_with_the_next_pruning_unless_somebody_works_on_it(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        made(tmp_path, 0, step)
+    folder = tmp_path / "checkpoints"
+    for step in (1, 2):  # killed while one was removed, and while one was written
+        (folder / f"00-{step:06d}").rename(folder / f".00-{step:06d}.partial")
+    (folder / ".00-000002.partial" / LOCK).touch()
+    with (folder / ".00-000002.partial" / LOCK).open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert [path.name for path in prune(tmp_path, keep_last=1, keep_best=0)] == ["00-000003"]
+        assert sorted(path.name for path in folder.iterdir()) == [".00-000002.partial", "00-000004"]
+    assert prune(tmp_path, keep_last=1, keep_best=0) == []
+    assert [path.name for path in folder.iterdir()] == ["00-000004"]
 
 
 def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -161,8 +161,8 @@ def test_every_file_that_is_changed_truncated_or_missing_is_named(tmp_path: Path
     (checkpoint / "more").write_text("x")
     assert verify(checkpoint) == ["more: does not belong to it"]
     (checkpoint / "more").unlink()
-    manifest = json.loads((checkpoint / "manifest.json").read_text())
-    (checkpoint / "manifest.json").write_text(json.dumps(manifest | {"format": 99, "project": "9.9"}))
+    manifest = read_manifest(checkpoint)
+    (checkpoint / "manifest.json").write_bytes(replace(manifest, format=99, project="9.9").encode())
     with pytest.raises(CheckpointError, match="written by version 9.9 in the format 99"):
         read_manifest(checkpoint)
     (checkpoint / "manifest.json").write_text("{")

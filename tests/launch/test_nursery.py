@@ -279,7 +279,6 @@ def test_nothing_outlives_an_owner_that_is_killed(tmp_path, monkeypatch, when):
 def test_shared_memory_of_libraries_is_removed_and_no_one_elses(tmp_path):
     made, others, older = (Path(f"/dev/shm/{kind}-{os.getpid()}") for kind in ("library", "dgrpo-other", "older"))
     older.write_bytes(bytes(4096))
-    time.sleep(1.5)
     try:
         with Nursery((), log_path=tmp_path / "server.log") as nursery:
             paths = [str(made), str(others), str(older)]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_dgrpo.checkpoint.manifest import MANIFEST, Manifest
+from megatron_dgrpo.checkpoint.manifest import FORMAT, MANIFEST, Manifest
 from megatron_dgrpo.config.schema import Config
 from megatron_dgrpo.errors import CheckpointError, LaunchError
 from megatron_dgrpo.launch.resume import check_resume, identities, locked
@@ -82,10 +82,12 @@ def test_what_a_run_may_not_go_on_with(tmp_path: Path) -> None:
     renamed = {"models": {"it": {"path": str(tmp_path / "model")}}, "student": "it"}
     assert refused(**renamed) == [], "the same model under another name"
 
-    text = (folder / MANIFEST).read_text()
-    (folder / MANIFEST).write_text(text.replace('"format": 1', '"format": 2').replace('"project": "', '"project": "7.'))
-    with pytest.raises(CheckpointError, match="was written by version 7"):
-        check_resume(config, made_with)
+    for form, project in ((FORMAT + 1, "7.0"), (FORMAT - 1, "0.0.1")):  # a newer version's, an older one's
+        (folder / MANIFEST).write_bytes(Manifest(1, 2, made_with, {}, format=form, project=project).encode())
+        with pytest.raises(
+            CheckpointError, match=f"was written by version {project} in the format {form}; this version"
+        ):
+            check_resume(config, made_with)
     (folder / MANIFEST).write_text("{")
     check_resume(config, made_with)  # damage is for the ranks to find, and to set aside
     folder.rename(folder.with_name("01-000002.damaged"))

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 from megatron_dgrpo.observe.cut import cut_events, cut_metrics
 from megatron_dgrpo.observe.events import EventLog, read_events
+from megatron_dgrpo.points.plan import AFTER, BEFORE, HALF, Fault
+from megatron_dgrpo.testing.faults import plan
 
 
 def test_metrics_are_cut_where_the_checkpoint_was_taken(tmp_path: Path) -> None:
@@ -40,3 +48,30 @@ def test_of_events_only_those_of_later_steps_go(tmp_path: Path) -> None:
     assert found.damaged == 1
     removed = read_events(tmp_path / "events.removed.jsonl").records
     assert [event["words"] for event in removed] == ["later step", "later stage"]
+
+
+_CUT = "import sys; from megatron_dgrpo.observe.cut import cut_events; cut_events(sys.argv[1], 0, (0, 1))"
+
+
+@pytest.mark.parametrize(
+    ("point", "moment"),
+    [
+        ("removed.lines", HALF), ("removed.sync", AFTER), ("records.new", BEFORE), ("records.new", HALF),
+        ("records.name", BEFORE), ("records.name", AFTER),
+    ],
+)  # fmt: skip
+def test_events_that_stay_are_there_whenever_a_kill_comes(point: str, moment: str, tmp_path: Path) -> None:
+    log = EventLog(tmp_path)
+    log.write("drop", "later step", stage_number=0, step=2)
+    log.write("failure", "it ended so")
+    env = {
+        **os.environ,
+        **plan(tmp_path / "plan", Fault(point, "kill", moment)),
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    killed = subprocess.run([sys.executable, "-c", _CUT, str(tmp_path)], env=env, timeout=100)
+    assert killed.returncode == -signal.SIGKILL
+    assert "it ended so" in [event["words"] for event in read_events(log.path).records]
+    cut_events(tmp_path, 0, (0, 1))
+    assert [event["words"] for event in read_events(log.path).records] == ["it ended so"]
+    assert "later step" in (tmp_path / "events.removed.jsonl").read_text()

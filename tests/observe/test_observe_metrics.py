@@ -14,6 +14,8 @@ import pytest
 
 from megatron_dgrpo.errors import DataError
 from megatron_dgrpo.observe.metrics import MetricsWriter, read_metrics
+from megatron_dgrpo.points.plan import AFTER, BEFORE, Fault
+from megatron_dgrpo.testing.faults import plan
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
@@ -89,3 +91,19 @@ def test_a_killed_writer_leaves_whole_lines(tmp_path: Path) -> None:
         steps = read_metrics(path).series("step")
         assert len(steps) > whole
         whole = len(steps)
+
+
+@pytest.mark.parametrize("moment", [BEFORE, AFTER])
+def test_a_kill_while_a_torn_line_is_cut_off_loses_no_whole_one(moment: str, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2')
+    env = {**os.environ, **plan(tmp_path / "plan", Fault("metrics.torn", "kill", moment))}
+    env["PYTHONPATH"] = os.pathsep.join(sys.path)
+    code = "import sys; from megatron_dgrpo.observe.metrics import MetricsWriter; MetricsWriter(sys.argv[1])"
+    killed = subprocess.run([sys.executable, "-c", code, str(path)], env=env, timeout=100)
+    assert killed.returncode == -signal.SIGKILL
+    writer = MetricsWriter(path)
+    assert (writer.torn_bytes > 0) == (moment == BEFORE)
+    writer.write({"step": 2})
+    writer.close()
+    assert [record["step"] for record in read_metrics(path).records] == [1, 2]

@@ -93,12 +93,12 @@ def test_elsewhere_there_are_plain_lines_and_no_noise(tmp_path: Path, monkeypatc
     with board.task("generate", 400, "samples") as task:
         task.advance(100)
         screen.tick()
-        now = time.time()
-        monkeypatch.setattr(time, "time", lambda: now + 30.0)
+        now = time.monotonic()
+        monkeypatch.setattr(time, "monotonic", lambda: now + 30.0)
         board.step("dgrpo", 0, 2, 9)  # writes the state
         screen.tick()
         screen.tick()
-        monkeypatch.setattr(time, "time", lambda: now + 41.0)
+        monkeypatch.setattr(time, "monotonic", lambda: now + 41.0)
         screen.tick()
     screen.close()
     lines = stream.getvalue().splitlines()

@@ -192,3 +192,27 @@ def test_the_last_steps_are_kept(tmp_path: Path) -> None:
         everything.begin(_began(step=step))
     assert len(steps(tmp_path)) == 5
     assert (tmp_path / "notes.rollouts").exists()
+
+
+def test_steps_that_a_run_takes_again_are_not_called_trained_any_more(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    for step in (1, 2, 3):
+        journal.begin(_began(step=step))
+        journal.append(_group(0))
+        if step < 3:
+            journal.trained(Trained(1, step, (("p0", 0),)))
+    journal.close()
+    assert Journal(tmp_path).go_on((1, 2)) == 0, "the third was not trained"
+    assert Journal(tmp_path).go_on((1, 1)) == 1
+    assert Journal(tmp_path).go_on((1, 1)) == 0, "once"
+    first, second = read_step(tmp_path, 1, 1), read_step(tmp_path, 1, 2)
+    assert first.trained and not first.undone
+    assert not second.trained and second.undone and len(second.groups) == 1
+    again = Journal(tmp_path, keep=2)
+    again.begin(_began(step=2))
+    assert steps(tmp_path) == [(1, 1), (1, 2), (1, 3)], "later ones do not count among those that are kept"
+    again.append(_group(0))
+    again.trained(Trained(1, 2, (("p0", 0),)))
+    found = read_step(tmp_path, 1, 2)
+    assert found.attempts == 2 and [update.version for update in found.trained] == [2] and not found.undone
+    assert Journal(tmp_path).go_on((0, -1)) == 2, "a run without a checkpoint begins from its start"

@@ -11,7 +11,9 @@ import pytest
 from rollout_support import difference, engine_host, fresh, greedy, half_shards, manifest_of, whole_tensors
 
 from megatron_dgrpo.errors import RolloutError, TransferError
-from megatron_dgrpo.testing.distributed import run_distributed
+from megatron_dgrpo.points.plan import Fault
+from megatron_dgrpo.testing.distributed import RankError, run_distributed
+from megatron_dgrpo.testing.faults import plan
 
 TOLERANCE = 1e-4
 
@@ -97,7 +99,7 @@ def push(rank, world_size, folder, address, key, version, source, leave_out=(), 
     return ""
 
 
-def test_an_engine_that_reads_staging_memory_is_like_a_fresh_one(untied_folders):
+def test_an_engine_that_reads_staging_memory_is_like_a_fresh_one(untied_folders, tmp_path):
     with engine_host(untied_folders[0], target="test_rollout_device_push:serve_without_cuda") as host:
         before = host.answers(greedy())
         for version, source in ((1, "ipc"), (2, "nccl"), (3, "ipc")):
@@ -121,6 +123,11 @@ def test_an_engine_that_reads_staging_memory_is_like_a_fresh_one(untied_folders)
             assert all(words in error for error in errors), errors
             with pytest.raises(RolloutError, match="not whole"):
                 host.answers(greedy())
+        env = plan(tmp_path / "plan", Fault("device.sum", "kill", role="rank1"))
+        with pytest.raises(RankError, match="rank1 was killed by SIGKILL"):
+            run_distributed(push, 2, untied_folders[0], host.address, host.key, 4, "ipc", env=env)
+        with pytest.raises(RolloutError, match="not whole"):
+            host.answers(greedy())
         assert run_distributed(push, 2, untied_folders[3], host.address, host.key, 5, "nccl") == ["", ""]
         assert difference(host.answers(greedy()), before) <= TOLERANCE
 

@@ -184,6 +184,8 @@ def supervise(
     replicas: int = 1,
     max_restarts: int = 3,
     kv_cache_bytes: int = 2**26,
+    tp: int = 1,
+    module: str = "test_rollout_resilience",
 ) -> None:
     """Run it to its end."""
     with Supervisor(folder, preload={"trainer": (), "engine": ENGINE_PRELOAD}) as run:
@@ -192,10 +194,10 @@ def supervise(
         sockets = [run.private_dir / f"{name}.sock" for name in names]
         args = dict(folder=str(folder), names=names, key=run.key, control=run.listen(), folders=folders)
         args["addresses"] = [f"unix:{path}" for path in sockets]
-        run.start_ranks(f"test_rollout_resilience:{plays}", args, world_size=1)
+        run.start_ranks(f"{module}:{plays}", args, world_size=1)
         for name, path in zip(names, sockets, strict=True):
             its = dict(address=f"unix:{path}", key=run.key, model_path=folders[0], dtype="float32", threads=1)
-            its |= dict(max_model_len=CONTEXT, kv_cache_bytes=kv_cache_bytes, max_num_seqs=32, prefix_cache=True)
+            its |= dict(tp=tp, max_model_len=CONTEXT, kv_cache_bytes=kv_cache_bytes, max_num_seqs=32, prefix_cache=True)
             run.start_engine(name, "megatron_dgrpo.rollout.host:serve", its, socket=path, max_restarts=max_restarts)
         run.watch()
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_dgrpo.checkpoint.aside import write_synced
+from megatron_dgrpo import points
 from megatron_dgrpo.checkpoint.hf.families import read_spec, rope_parameters
 from megatron_dgrpo.errors import ConversionError
 from megatron_dgrpo.model.spec import ModelSpec
@@ -45,10 +45,11 @@ def copy_beside(source: Path, target: Path, dtype: str, spec: ModelSpec) -> None
         for name in ("rope_theta", "rope_scaling"):  # where transformers 4 kept them
             config.pop(name, None)
         config |= {"rope_parameters": rope_parameters(spec.rope), "max_position_embeddings": spec.max_positions}
-    write_synced(target / "config.json", (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
+    content = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+    points.write_file("config.file", target / "config.json", content)
     for name, content in contents.items():
         (target / name).parent.mkdir(exist_ok=True)
-        write_synced(target / name, content)
+        points.write_file("config.file", target / name, content)
 
 
 def _files(source: Path) -> Iterator[Path]:

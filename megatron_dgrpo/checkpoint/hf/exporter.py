@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megatron_dgrpo import points
 from megatron_dgrpo.checkpoint.agree import agreed
-from megatron_dgrpo.checkpoint.aside import readable, write_synced, written_aside
+from megatron_dgrpo.checkpoint.aside import readable, written_aside
 from megatron_dgrpo.checkpoint.hf.beside import copy_beside
 from megatron_dgrpo.checkpoint.hf.collection import Collection
 from megatron_dgrpo.checkpoint.hf.headers import INDEX
@@ -70,5 +71,5 @@ def export_folder(
             if dist.get_rank(group) == 0:
                 with readable(target, needed):
                     if len(files) > 1:
-                        write_synced(aside / INDEX, index_json(specs, files))
+                        points.write_file("export.index", aside / INDEX, index_json(specs, files))
                     copy_beside(source, aside, str(dtype).removeprefix("torch."), decoder.spec)

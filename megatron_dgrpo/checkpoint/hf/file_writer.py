@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from megatron_dgrpo import points
+
 BLOCK_BYTES = 8 << 20
 _NUM_BUFFERS = 4
 
@@ -53,7 +55,7 @@ class FileWriter:
 
         def work() -> None:
             try:
-                self._guard(lambda: _write_all(self._files[path], content, offset))
+                self._guard(lambda: points.write_at("export.block", self._files[path], content, offset))
             finally:
                 if is_buffer:
                     self.release(block)
@@ -62,7 +64,7 @@ class FileWriter:
 
     def finish(self, path: Path) -> None:
         """Everything of this file was handed over: bring it to the disk."""
-        self._thread.submit(self._guard, lambda: os.fsync(self._files[path]))
+        self._thread.submit(self._guard, lambda: points.sync("export.sync", self._files[path]))
 
     def wait(self) -> None:
         """Until all that was handed over is done; raises what went wrong."""
@@ -77,9 +79,9 @@ class FileWriter:
         self._files.clear()
 
     def _create(self, path: Path, size: int, header: bytes) -> None:
-        self._files[path] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-        os.truncate(self._files[path], size)
-        _write_all(self._files[path], memoryview(header), 0)
+        self._files[path] = points.open_file("export.file", path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        points.cut("export.size", self._files[path], size)
+        points.write_at("export.header", self._files[path], header, 0)
 
     def _guard(self, work) -> None:  # type: ignore[no-untyped-def]
         if self._error is None:
@@ -92,9 +94,3 @@ class FileWriter:
 def _whole(buffer: torch.Tensor) -> torch.Tensor:
     storage = buffer.untyped_storage()
     return torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[call-overload]
-
-
-def _write_all(descriptor: int, content: memoryview, offset: int) -> None:
-    done = 0
-    while done < len(content):
-        done += os.pwrite(descriptor, content[done:], offset + done)

@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from megatron_dgrpo import __version__
+from megatron_dgrpo import __version__, points
 from megatron_dgrpo.errors import DataError
 from megatron_dgrpo.observe import environment, events
 from megatron_dgrpo.observe.report import charts
@@ -41,8 +41,8 @@ def write_report(run_dir: str | Path, out: str | Path | None = None, rollouts: R
     text = page(gather(folder, rollouts))
     aside = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(target)
+        points.write_file("report.new", aside, text.encode(), synced=False)
+        points.rename("report.name", aside, target)
     except OSError as error:
         raise DataError(f"{target} can't be written ({error.strerror}): name another place with --out") from None
     return target
