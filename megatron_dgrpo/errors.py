@@ -61,6 +61,10 @@ class MismatchError(DGRPOError, RuntimeError):
     """The trainer and the engine disagree about the same tokens by more than the config allows."""
 
 
+class CapacityError(DGRPOError, MemoryError):
+    """A batch that the settings allow does not fit into memory."""
+
+
 class NonFiniteError(DGRPOError, ArithmeticError):
     """A loss, gradient or hidden state is NaN or infinite."""
 

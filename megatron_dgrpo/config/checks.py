@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_dgrpo.config import engine_rules, layouts, stages
+from megatron_dgrpo.config import engine_rules, layouts, metric_names, stages
 from megatron_dgrpo.config.checkpoints import problems as checkpoint_problems
 from megatron_dgrpo.config.checkpoints import run_dir_problems
 from megatron_dgrpo.config.data import ROW_FILES, SAVED_DATASET, Dataset
@@ -40,8 +40,8 @@ def problems(config: Config) -> list[str]:
     """What is contradictory; touches nothing outside the config."""
     rules: tuple[Callable[[Config], Iterator[str]], ...] = (
         _numbers, _model_names, layouts.problems, stages.teachers, _engines, _data, stages.objectives,
-        stages.optimizers, stages.rewards, stages.batches, stages.schedules, stages.lengths, stages.shaping,
-        _checkpoints,
+        stages.optimizers, stages.rewards, stages.batches, stages.schedules, stages.selections, stages.lengths,
+        stages.shaping, metric_names.problems, _checkpoints,
     )  # fmt: skip
     return [problem for rule in rules for problem in rule(config)]
 

@@ -16,6 +16,13 @@ def problems(config: Config) -> Iterator[str]:
     for name, engine in config.engines.items():
         yield from _addresses(f"engines.{name}", engine)
         yield from _placement(f"engines.{name}", engine)
+        if engine.quantization is not None and engine.model in config.models:
+            dtype = engine.dtype or config.models[engine.model].dtype
+            if dtype != "bfloat16":
+                yield (
+                    f"engines.{name}.quantization: what is not in FP8 is bfloat16, for which vLLM has its FP8 kernels, "
+                    f"and this engine's dtype is {dtype}; set engines.{name}.dtype=bfloat16"
+                )
     for path, stage in rollout_stages(config):
         colocated = stage.engine in config.engines and config.engines[stage.engine].placement == "colocated"
         if colocated and stage.schedule.kind != "synchronous":

@@ -33,6 +33,9 @@ class Engine(Frozen):
     memory that both sides map (colocated), by NCCL (GPUs of its own), or the fastest that both sides can do."""
     dtype: DType | None = None
     """Type of its weights; the model's own where none is given."""
+    quantization: Literal["fp8"] | None = None
+    """Its linear layers in FP8: weights in blocks of 128 x 128 with a scale each, made by the trainer's ranks with each
+    transfer, so that half the bytes travel. Everything else has `dtype`, which is bfloat16 then."""
     max_model_len: PositiveInt
     """Longest prompt plus response, in tokens."""
     kv_cache_bytes: PositiveInt = 2**28

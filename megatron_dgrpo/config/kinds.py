@@ -18,12 +18,14 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from megatron_dgrpo.config.data import Dataset
+from megatron_dgrpo.config.endings import OnNonFinite, StopConditions, StopOnNonFinite
 from megatron_dgrpo.config.frozen import Frozen
 from megatron_dgrpo.config.mismatch import Mismatch
 from megatron_dgrpo.config.objective import GRPOObjective, KDObjective, Objective, OPDObjective, RolloutObjective
 from megatron_dgrpo.config.optimizer import Adam
 from megatron_dgrpo.config.rewards import Reward
 from megatron_dgrpo.config.sampling import Sampling
+from megatron_dgrpo.config.selection import DynamicSampling, Filter
 
 
 class Stage(Frozen):
@@ -36,6 +38,14 @@ class Stage(Frozen):
     prompt counts once for all of its responses; a group that is larger is cut into several, each with the prompt."""
     on_overlong: Literal["error", "drop"] = "error"
     """A sequence that is longer than a micro-batch or the model's context ends the run, or is dropped and counted."""
+    on_nonfinite: OnNonFinite = StopOnNonFinite()
+    """What happens when a loss token or the gradient's norm is NaN or infinite, before the update: stop, or skip; a
+    kind's name alone, or a mapping with its settings. Either way stage, step, rank and sample are named."""
+    dry_batch: bool = True
+    """Before the first step, go through a batch of the largest size that the stage may have, without an update: what
+    does not fit into memory ends the run there, and not after hours."""
+    stop_when: StopConditions = ()
+    """Any of these ends the stage at the end of a step, before its last one; the next stage follows."""
 
     @property
     def num_updates(self) -> int:
@@ -157,7 +167,16 @@ class OnPolicy(Stage):
         return self.uses_teacher and bool(getattr(self, "preflight", False))
 
 
-class DGRPO(OnPolicy):
+class Selective(OnPolicy):
+    """A stage whose rewards may choose its prompts."""
+
+    filter: Filter | None = None
+    """Pass over prompts that were always or never solved (none: ask for all)."""
+    dynamic_sampling: DynamicSampling | None = None
+    """Generate again, with further prompts, where the rewards of a group are all equal (none: such groups stay)."""
+
+
+class DGRPO(Selective):
     """Rewards and a teacher."""
 
     kind: Literal["dgrpo"]
@@ -170,7 +189,7 @@ class DGRPO(OnPolicy):
     about a forward of the teacher. A failed check ends the run."""
 
 
-class GRPO(OnPolicy):
+class GRPO(Selective):
     """Rewards alone."""
 
     kind: Literal["grpo"]

@@ -22,6 +22,7 @@ from megatron_dgrpo.config.kinds import (
     AnyStage,
     OnPolicy,
     Periodic,
+    Selective,
     Stage,
     Static,
     Synchronous,
@@ -35,8 +36,8 @@ from megatron_dgrpo.config.trackers import TrackerSettings
 
 __all__ = [
     "DGRPO", "GRPO", "KD", "OPD", "SFT", "Adam", "AnyStage", "Config", "DType", "DefaultRope", "Engine", "Evaluation",
-    "Layout", "Llama3Rope", "Model", "Objective", "OnPolicy", "Periodic", "Rollout", "RopeScaling", "Sampling", "Stage",
-    "Static", "Synchronous", "Teacher", "YarnRope",
+    "Layout", "Llama3Rope", "Model", "Objective", "OnPolicy", "Periodic", "Rollout", "RopeScaling", "Sampling",
+    "Selective", "Stage", "Static", "Synchronous", "Teacher", "YarnRope",
 ]  # fmt: skip
 
 

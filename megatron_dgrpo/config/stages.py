@@ -28,8 +28,10 @@ from megatron_dgrpo.config.schema import (
     Model,
     OnPolicy,
     Periodic,
+    Selective,
     Static,
 )
+from megatron_dgrpo.config.selection import problems as selection_problems
 
 FP8 = Literal["tensorwise", "blockwise", "mxfp8"]
 """Scales per tensor (from its current values), per block of 128 x 128 or 1 x 128, per run of 32 (Blackwell)."""
@@ -245,6 +247,11 @@ def schedules(config: Config) -> Iterator[str]:
         schedule = stage.schedule
         if not isinstance(schedule, Periodic):
             continue
+        if isinstance(stage, Selective) and stage.dynamic_sampling is not None:
+            yield (
+                f"{path}.dynamic_sampling: which groups are replaced is known when all have ended, and the periodic "
+                f"schedule trains on some before; set {path}.schedule=synchronous, or dynamic_sampling=null"
+            )
         for name in ("updates_per_batch", "epochs_per_batch"):
             if getattr(stage, name) > 1:
                 yield (
@@ -268,6 +275,16 @@ def schedules(config: Config) -> Iterator[str]:
                 f"{path}.schedule.groups_in_memory: {schedule.groups_in_memory} hold no chunk of "
                 f"{schedule.chunk_groups}; set it to {schedule.chunk_groups} or more"
             )
+
+
+def selections(config: Config) -> Iterator[str]:
+    for path, stage in rollout_stages(config):
+        if not isinstance(stage, Selective):
+            continue
+        yield from (f"{path}.{problem}" for problem in selection_problems(stage.filter))
+        names = [name for name in ("filter", "dynamic_sampling") if getattr(stage, name) is not None]
+        if names and not any(reward.weight for reward in stage.rewards):
+            yield f"{path}.{names[0]}: all rewards have weight 0, so that no group differs; give one a weight"
 
 
 def lengths(config: Config) -> Iterator[str]:

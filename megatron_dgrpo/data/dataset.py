@@ -132,6 +132,12 @@ class PromptSource:
         ]
         self._tokens = [0] * len(self._sources)
 
+    @property
+    def num_rows(self) -> int | None:
+        """Of all sources together; unknown where one of them is a stream."""
+        counts = [len(source.rows) for source in self._sources if isinstance(source, _Shuffled)]
+        return sum(counts) if len(counts) == len(self._sources) else None
+
     def take(self, count: int) -> list[PromptRow]:
         """The next rows. Names are unique among them, also where they span epochs and hold a row twice."""
         return [self._next() for _ in range(count)]

@@ -7,6 +7,7 @@ counted and said.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable
 
 from megatron_dgrpo.data.bad_rows import MAX_LISTED
@@ -56,6 +57,14 @@ def check_lengths(
         title = f"{num_bad} rows are longer than {setting}={limit} allows; raise it, or take the rows out:"
         raise DataError(listing(title, problems + more))
     return unchecked
+
+
+def longest(rows: Iterable[PromptRow], tokenizer: Tokenizer, *, looked_at: int = 16) -> tuple[int, int]:
+    """Tokens of the prompt and of the answer with its end, of the longest row: that with most tokens among those with
+    most text."""
+    largest = heapq.nlargest(looked_at, rows, key=lambda row: _num_bytes(row, True))
+    counted = [(len(prompt_ids(tokenizer, row)), len(tokenizer.encode(row.answer)) + 1) for row in largest]
+    return max(counted, key=sum)
 
 
 def _num_bytes(row: PromptRow, with_answer: bool) -> int:

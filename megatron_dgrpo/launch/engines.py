@@ -51,6 +51,7 @@ def expected_engine(config: Config, name: str, trainer: Side | None = None) -> E
         trainer or this_side(),
         settings.transport,
         settings.placement,
+        settings.quantization or "",
     )
 
 
@@ -73,6 +74,7 @@ def engine_args(config: Config, name: str, address: str, key: str) -> dict[str, 
         "deterministic": config.rollout.deterministic,
         "sleeps": engine.placement == "colocated",
         "hf_overrides": _rope(model),
+        "quantization": engine.quantization,
     }
 
 

@@ -16,10 +16,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_dgrpo.checkpoint.hf.mapping import rules
 from megatron_dgrpo.config.schema import AnyStage, Engine, Layout, Model, OnPolicy, Teacher
 from megatron_dgrpo.launch.preflight import BYTES
 from megatron_dgrpo.model.layouts import padding_unit
 from megatron_dgrpo.model.spec import ModelSpec
+from megatron_dgrpo.rollout.fp8_format import weight_bytes
 
 
 @dataclass(frozen=True)
@@ -200,8 +202,10 @@ def engine_memory(engine: Engine, dtype: str, spec: ModelSpec, parameters: int) 
     """Bytes on each rank of the engine."""
     tp, w = engine.tp, BYTES[dtype]
     per_token = 2 * spec.num_layers * max(1, spec.num_kv_heads // tp) * spec.head_dim * w
+    tensors = ((rule.hf_name, rule.hf_shape) for rule in rules(spec))
+    weights = weight_bytes(tensors, w) if engine.quantization else parameters * w
     return EngineMemory(
-        weights=-(-parameters * w // tp),
+        weights=-(-weights // tp),
         kv_cache=engine.kv_cache_bytes,
         kv_per_token=per_token,
         sequences=engine.kv_cache_bytes / (per_token * engine.max_model_len),

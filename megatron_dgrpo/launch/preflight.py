@@ -13,6 +13,7 @@ from megatron_dgrpo.config.stages import samplers
 from megatron_dgrpo.errors import ConfigError, ConversionError, listing
 from megatron_dgrpo.model.layouts import layout_problems
 from megatron_dgrpo.model.spec import ModelSpec
+from megatron_dgrpo.rollout.fp8_format import BLOCK
 
 BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
 
@@ -70,6 +71,11 @@ def _engine_problems(config: Config, name: str, specs: Mapping[str, ModelSpec], 
             f"engines.{name}.max_model_len={spec.max_positions} or less, or stretch its rotary embeddings with "
             f"models.{engine.model}.rope"
         )
+    for problem in engine_fp8_problems(spec, engine.tp) if engine.quantization else ():
+        yield (
+            f"engines.{name}.quantization: {problem}, and each has one scale; change engines.{name}.tp, or leave "
+            "quantization out"
+        )
     needed = kv_bytes(spec, length, BYTES[engine.dtype or config.models[engine.model].dtype], block_size)
     needed //= min(engine.tp, spec.num_kv_heads)
     if engine.kv_cache_bytes < needed:
@@ -96,6 +102,21 @@ def engine_tp_problems(spec: ModelSpec, tp: int) -> Iterator[str]:
             f"{tp} is neither a divisor nor a multiple of the {spec.num_kv_heads} key-value heads; "
             "set it to one of those"
         )
+
+
+def engine_fp8_problems(spec: ModelSpec, tp: int) -> Iterator[str]:
+    """Why an FP8 engine cannot have whole blocks on each of so many ranks. Scales are cut and fused as weights are:
+    where a part ends within a block, vLLM refuses or reads the scale of another."""
+    parts = {
+        "hidden size": (spec.hidden_size, 1),
+        "width of the query heads": (spec.num_heads * spec.head_dim, tp),
+        "width of the key-value heads": (spec.num_kv_heads * spec.head_dim, min(tp, spec.num_kv_heads)),
+        "width of the MLP": (spec.ffn_size, tp),
+    }
+    for what, (length, ranks) in parts.items():
+        if length % (BLOCK * ranks):
+            cut = f" over {ranks} ranks" if ranks > 1 else ""
+            yield f"a {what} of {length}{cut} is not cut into whole blocks of {BLOCK}"
 
 
 def kv_bytes(spec: ModelSpec, length: int, bytes_per_number: int, block_size: int) -> int:

@@ -32,6 +32,7 @@ class Expected:
     trainer: Side
     transport: str = "auto"
     placement: str = "separate"
+    quantization: str = ""
 
 
 def this_side(platform: str | None = None, gpus: tuple[str, ...] | None = None) -> Side:
@@ -87,6 +88,12 @@ def differences(run: Expected, engine: str, info: EngineInfo) -> list[str]:
         )
     if info.dtype != run.dtype:
         problems.append(f"{engine} computes in {info.dtype}; the run's config says {run.dtype}: {restart}.dtype")
+    if info.quantization != run.quantization:
+        there, here = info.quantization or "no quantization", run.quantization or "none"
+        problems.append(
+            f"{engine} has weights in {there}; the run's config says {run.setting}.quantization={here}: "
+            f"{restart}.quantization"
+        )
     version = info.vllm_version.partition("+")[0]
     if run.vllm_version is not None and version != run.vllm_version:
         problems.append(
@@ -96,7 +103,7 @@ def differences(run: Expected, engine: str, info: EngineInfo) -> list[str]:
     return problems + list(transport(run, engine, info).problems)
 
 
-_ALIKE = ("vocab_size", "max_model_len", "dtype", "vllm_version", "block_size")
+_ALIKE = ("vocab_size", "max_model_len", "dtype", "quantization", "vllm_version", "block_size")
 
 
 def between_replicas(infos: Sequence[tuple[str, EngineInfo]]) -> list[str]:

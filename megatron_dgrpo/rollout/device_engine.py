@@ -42,14 +42,6 @@ class DeviceWeightTransferEngine(SharedMemoryWeightTransferEngine):
         self._slot_bytes = 0  # where buckets are broadcast
         self._group: cuda.Group | None = None
 
-    def _problems(self, offered: SharedMemoryInit) -> list[str]:
-        if quantization := self.model_config.quantization:
-            return [
-                f"its weights are quantised ({quantization}): vLLM computes these when it loads a model, and a "
-                "transfer only copies; start the engine from the unquantised folder"
-            ]
-        return super()._problems(offered)
-
     def receive_weights(self, update_info: SharedMemoryUpdate) -> None:
         if isinstance(update_info, DeviceUpdate) and update_info.join:
             how = json.loads(update_info.join)

@@ -27,9 +27,12 @@ from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
 
+from megatron_dgrpo.checkpoint.hf.headers import read_headers
 from megatron_dgrpo.errors import RolloutError, TransferError
 from megatron_dgrpo.rollout import sleeping, vllm_plugin, workers
 from megatron_dgrpo.rollout.compatibility import architecture, shared_memory
+from megatron_dgrpo.rollout.completions import completion_of
+from megatron_dgrpo.rollout.fp8_format import quantisation_config
 from megatron_dgrpo.rollout.inbox import Inbox
 from megatron_dgrpo.rollout.messages import (
     BeginUpdate,
@@ -63,6 +66,7 @@ class Engine:
         deterministic: bool = False,
         sleeps: bool = False,
         hf_overrides: dict[str, Any] | None = None,
+        quantization: str | None = None,
     ) -> None:
         torch.set_num_threads(threads)  # vLLM's CPU worker makes this call a no-op from there on
         if current_platform.is_cpu():
@@ -70,13 +74,15 @@ class Engine:
             # compilation on a machine that has not done it before, 5 s on others, for a comparison and a sum.
             torch.compiler.set_stance("force_eager")
         vllm_plugin.register()  # vLLM does it, too, where the package's entry points are installed
+        quantised = {"quantization_config": quantisation_config(list(read_headers(model_path)))} if quantization else {}
         self.llm = LLMEngine.from_engine_args(
             EngineArgs(
                 model=model_path,
                 skip_tokenizer_init=True,
                 generation_config="vllm",  # sampling is what a request says, and nothing that lies in the folder
                 dtype=dtype,  # type: ignore[arg-type]
-                hf_overrides=hf_overrides or {},  # in place of what config.json says
+                hf_overrides={**(hf_overrides or {}), **quantised},  # in place of what config.json says
+                load_format="dummy" if quantised else "auto",  # a folder has no FP8 weights: the trainer sends them
                 seed=0,  # of nothing that is used: every sample has its own
                 tensor_parallel_size=tp,
                 distributed_executor_backend=workers.HostExecutor if tp > 1 else "uni",
@@ -98,7 +104,7 @@ class Engine:
         self.deterministic = deterministic
         self.vocab_size = self.model_config.get_vocab_size()
         self.weight_version = 0
-        self._mixed = False  # weights of two versions, or blocks of the prefix cache that others computed
+        self._mixed = bool(quantised)  # weights of two versions, or of none; or blocks of the prefix cache of others
         self._updating = False
         self._inbox: Inbox | None = None
         self._asleep: set[str] = set()  # what of the engine has no memory
@@ -115,6 +121,7 @@ class Engine:
             vocab_size=self.vocab_size,
             max_model_len=self.model_config.max_model_len,
             dtype=str(self.model_config.dtype).removeprefix("torch."),
+            quantization=str(self.model_config.quantization or ""),
             vllm_version=vllm.__version__,
             block_size=self.llm.vllm_config.cache_config.block_size,
             weight_version=self.weight_version,
@@ -197,7 +204,7 @@ class Engine:
             if output.finished:
                 assert isinstance(output, RequestOutput)
                 request, sample = self._unfinished.pop(output.request_id)
-                ended.append((output.request_id, _completion(output, request, sample)))
+                ended.append((output.request_id, completion_of(output, request, sample)))
         return ended
 
     def _warm_up(self) -> None:
@@ -319,28 +326,3 @@ class Engine:
         """Blocks of other weights must never be found again. vLLM does nothing while a request runs, and says so."""
         if not self.llm.reset_prefix_cache():
             raise TransferError("The prefix cache could not be reset: a request still holds blocks of it")
-
-
-def _completion(output: RequestOutput, request: GenerateRequest, sample: int) -> Completion:
-    """vLLM's answer as ours."""
-    (answer,) = output.outputs
-    tokens = np.asarray(answer.token_ids, np.int32)
-    logprobs: Any = answer.logprobs
-    if list(logprobs.token_ids) != tokens.tolist():
-        raise RolloutError(
-            f"vLLM gave {len(logprobs.token_ids)} log-probs of other tokens than the {len(tokens)} it sampled"
-        )
-    versions = np.zeros(len(tokens), np.int32)
-    for span in answer.weight_versions or ():
-        versions[span.start : span.end] = int(span.version)
-    if answer.finish_reason not in ("stop", "length"):
-        raise RolloutError(f"vLLM ended sample {sample} of prompt {request.prompt_id!r} with {answer.finish_reason!r}")
-    return Completion(
-        prompt_id=request.prompt_id,
-        sample=sample,
-        tokens=tokens,
-        logprobs=np.asarray(logprobs.logprobs, np.float32),
-        finish_reason=answer.finish_reason,
-        weight_versions=versions,
-        num_cached_tokens=output.num_cached_tokens or 0,
-    )

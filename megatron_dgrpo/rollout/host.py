@@ -52,6 +52,7 @@ def serve(
     deterministic: bool = False,
     sleeps: bool = False,
     hf_overrides: dict[str, Any] | None = None,
+    quantization: str | None = None,
 ) -> None:
     """Load a model, listen, serve until the last owner has gone."""
     os.environ.update(_ENVIRONMENT, OMP_NUM_THREADS=str(threads))
@@ -75,6 +76,7 @@ def serve(
             deterministic=deterministic,
             sleeps=sleeps,
             hf_overrides=hf_overrides,
+            quantization=quantization,
         )
     except ValueError as error:  # vLLM's way to refuse settings
         raise RolloutError(

@@ -5,6 +5,7 @@ A step of a stage has a file of its own, `SS-NNNNNN.rollouts`, that is only appe
 damaged, left out or repeated is found. In their order they are
 
     Began     what is asked for, and the version of the weights that answer
+    Further   prompts that are asked for as well, in the place of groups that are left out
     Group     a prompt's samples with their rewards, log-probs, versions and seeds, as soon as all have ended
     Trained   the samples that an update was made of, after that update
     Undone    the run went on from a checkpoint before this step: its updates are not in the weights any more
@@ -28,7 +29,7 @@ import contextlib
 import os
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,12 @@ class Began:
     prompt_ids: tuple[str, ...]
     num_samples: int  # of each prompt
     num_updates: int  # that the samples are for
+
+
+@register
+@dataclass(frozen=True)
+class Further:
+    prompt_ids: tuple[str, ...]
 
 
 @register
@@ -151,9 +158,11 @@ def read_step(folder: str | Path, stage: int, step: int) -> StepRollouts:
     if not begun:
         raise RolloutError(f"{path} holds no whole record: the run ended when the step began")
     after = records[begun[-1] + 1 :]
+    began: Began = records[begun[-1]]
+    further = [name for record in after if isinstance(record, Further) for name in record.prompt_ids]
     undone = any(isinstance(record, Undone) for record in after)
     return StepRollouts(
-        began=records[begun[-1]],
+        began=replace(began, prompt_ids=(*began.prompt_ids, *further)),
         groups=[record for record in after if isinstance(record, Group)],
         trained=[] if undone else [record for record in after if isinstance(record, Trained)],
         attempts=len(begun),
@@ -255,6 +264,9 @@ class Journal:
 
     def append(self, group: Group) -> Place:
         return self._put(group)
+
+    def further(self, further: Further) -> None:
+        self._put(further)
 
     def trained(self, trained: Trained) -> None:
         self._put(trained)

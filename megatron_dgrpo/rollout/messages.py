@@ -45,6 +45,7 @@ class EngineInfo:
     gpus: tuple[str, ...] = ()  # the UUID of each rank's
     can_sleep: bool = False
     sleeping: bool = False  # it has given its GPU's memory back
+    quantization: str = ""  # of its weights, in vLLM's words; none: ""
 
 
 @register

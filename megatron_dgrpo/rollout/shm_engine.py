@@ -33,8 +33,10 @@ from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTr
 from megatron_dgrpo import points
 from megatron_dgrpo.checkpoint.hf.headers import read_headers
 from megatron_dgrpo.errors import TransferError, listing
+from megatron_dgrpo.rollout import fp8_loading
 from megatron_dgrpo.rollout.buckets import map_shared, piece_shape, rows_of
 from megatron_dgrpo.rollout.checksum import partial_checksum
+from megatron_dgrpo.rollout.fp8_format import with_scales
 from megatron_dgrpo.rollout.loading import Place, copy_rows, find_places, whereabouts
 from megatron_dgrpo.rollout.packed_linear import packed_weights
 
@@ -79,9 +81,10 @@ class SharedMemoryWeightTransferEngine(WeightTransferEngine[SharedMemoryInit, Sh
             )
         headers = read_headers(self.model_config.model)
         self._shapes = {name: header.shape for name, header in headers.items() if "rotary_emb." not in name}
+        if self.model_config.quantization == "fp8":
+            self._shapes = with_scales(self._shapes)
         self._optional = _aliases(model) & self._shapes.keys()
         self._packed = packed_weights(model)
-        self._dtypes = {parameter.dtype for parameter in model.parameters()}
         self._manifest: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         self._places: dict[str, list[Place]] = {}
         self._found_for: tuple[Any, Any] = None, None  # the manifest and the parameters' places that these are for
@@ -107,7 +110,9 @@ class SharedMemoryWeightTransferEngine(WeightTransferEngine[SharedMemoryInit, Sh
         found_for = manifest, whereabouts(self.model)
         if not self._places or found_for != self._found_for:
             self._places = {}
-            self._places, self._found_for = find_places(self.model, manifest), found_for
+            places = find_places(self.model, manifest)
+            fp8_loading.check_places(places, manifest)
+            self._places, self._found_for = places, found_for
         self._manifest = manifest
 
     def start_weight_update(self) -> None:
@@ -191,16 +196,17 @@ class SharedMemoryWeightTransferEngine(WeightTransferEngine[SharedMemoryInit, Sh
 
     def _problems(self, offered: SharedMemoryInit) -> list[str]:
         """Every way in which the manifest differs from the model."""
-        problems = []
+        problems = fp8_loading.problems(self.model, self.model_config.quantization)
+        dtypes = fp8_loading.Dtypes(self.model, self.model_config.quantization)
         for name, shape, dtype in zip(offered.names, offered.shapes, offered.dtypes, strict=True):
             if name not in self._shapes:
                 problems.append(f"{name}: the model has no such tensor")
                 continue
             if tuple(shape) != self._shapes[name]:
                 problems.append(f"{name}: its shape is {list(shape)}, the engine has {list(self._shapes[name])}")
-            if getattr(torch, dtype, None) not in self._dtypes:
-                has = ", ".join(sorted(str(d).removeprefix("torch.") for d in self._dtypes))
-                problems.append(f"{name}: it is {dtype}, the engine has {has}: give both sides one dtype")
+            if dtype not in (has := dtypes.of(name, shape)):
+                said = f"it is {dtype}, the engine has {', '.join(sorted(has))}"
+                problems.append(f"{name}: {said}: give both sides one dtype, and one quantization")
         missing = self._shapes.keys() - set(offered.names) - self._optional
         problems += [f"{name}: it is missing" for name in sorted(missing)]
         if len(set(offered.names)) != len(offered.names):

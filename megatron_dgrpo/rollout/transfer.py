@@ -35,6 +35,7 @@ from torch.distributed import Store
 from megatron_dgrpo import points
 from megatron_dgrpo.checkpoint.hf.shards import WeightShard, WeightSpec
 from megatron_dgrpo.errors import DGRPOError, TransferError
+from megatron_dgrpo.rollout import fp8
 from megatron_dgrpo.rollout.board import Board
 from megatron_dgrpo.rollout.boxes import Box, ShardReader, check_coverage
 from megatron_dgrpo.rollout.buckets import NUM_SLOTS, Bucket, Piece, Plan, map_shared, piece_shape, plan_buckets
@@ -193,6 +194,8 @@ class _Push:
                 local = local[start - first : stop - first]
                 place = place[(slice(start - piece.start, stop - piece.start), *(slice(*b) for b in box[1:]))]
             points.reached("transfer.box")
+            if shard.scales is not None:
+                local = fp8.encode(local, box, shard.scales)
             place.copy_(local)
             boxes.append((number, box))
             if self.checksums:

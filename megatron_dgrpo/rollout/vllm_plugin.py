@@ -1,6 +1,7 @@
 """What vLLM loads of this package: an entry point of the group `vllm.general_plugins`, run in each of its processes.
 
-It adds a weight-transfer engine under the name `dgrpo_shm`. In an engine host on CPU, and nowhere else, it also
+It adds a weight-transfer engine under the name `dgrpo_shm`. In an engine host, and nowhere else, it has FP8 weights
+keep their places (`fp8_loading`). In one on CPU it also
 
 - packs linear weights in memory that new ones can be written to (`packed_linear.py`), which vLLM's own packing, done
   when a model is loaded, is not. Those that cannot be packed stay as they are in the checkpoint; in float32 these are
@@ -36,6 +37,9 @@ def register() -> None:
             BACKEND, "megatron_dgrpo.rollout.device_engine", "DeviceWeightTransferEngine"
         )
     if os.environ.get(HOST_ENV) == "1":
+        from megatron_dgrpo.rollout import fp8_loading
+
+        fp8_loading.install()
         pack_linear_weights()
         _keep_generators_from_unfinished_prompts()
 

@@ -18,32 +18,36 @@ from megatron_dgrpo.config.schema import OnPolicy, Periodic
 from megatron_dgrpo.data.dataset import PromptRow
 from megatron_dgrpo.observe.timers import Phases
 from megatron_dgrpo.packing.trajectory import Trajectory
-from megatron_dgrpo.rollout.journal import Began
-from megatron_dgrpo.rollout.messages import Chunk
+from megatron_dgrpo.rollout.journal import Began, Further
+from megatron_dgrpo.rollout.messages import Chunk, Group
 from megatron_dgrpo.train.collect import Asked, patience_s, scored_groups
 from megatron_dgrpo.train.feed import Feed
 from megatron_dgrpo.train.run import Run
+from megatron_dgrpo.train.selection import Selection, rounds
 
 
 def chunks(
-    run: Run, stage: OnPolicy, number: int, step: int, rows: Sequence[PromptRow], phases: Phases
+    run: Run, stage: OnPolicy, number: int, step: int, selection: Selection | None, phases: Phases
 ) -> Iterator[list[Trajectory]]:
-    """The step's trajectories, whole groups at a time; `rows` are asked for by rank 0 and need be there alone."""
-    asked = Asked(
-        stage.engine,
-        rows,
-        stage.sampling,
-        num_samples=stage.group_size,
-        rewards=stage.rewards,
-        seed=run.config.seed + number,
-        step=step,
-    )
+    """The step's trajectories, whole groups at a time. Rank 0 selects what is asked for; the others need no
+    selection."""
     source = None
+    patience = patience_s(run, stage.engine) * rounds(stage)
     if run.journal is not None:
-        prompt_ids = tuple(row.name for row in rows)
+        assert selection is not None
+        asked = Asked(
+            stage.engine,
+            selection.first(),
+            stage.sampling,
+            num_samples=stage.group_size,
+            rewards=stage.rewards,
+            seed=run.config.seed + number,
+            step=step,
+        )
+        prompt_ids = tuple(row.name for row in asked.rows)
         began = Began(number, step, run.version, prompt_ids, asked.num_samples, stage.updates_per_step)
         run.journal.begin(began)
-        source = _source(run, stage, asked, phases)
+        source = _source(run, stage, asked, selection, phases)
     last = False
     while not last:
         with phases("generate"):
@@ -51,30 +55,40 @@ def chunks(
             if source is not None and run.waiting is not None:
                 with run.waiting():
                     mine = next(source)
-            chunk = run.share(mine, patience_s(run, stage.engine))
+            chunk = run.share(mine, patience)
         points.reached("step.chunk")
         last = chunk.last
         yield [trajectory for group in chunk.groups for trajectory in group.trajectories]
 
 
-def _source(run: Run, stage: OnPolicy, asked: Asked, phases: Phases) -> Iterator[Chunk]:
+def _source(run: Run, stage: OnPolicy, asked: Asked, selection: Selection, phases: Phases) -> Iterator[Chunk]:
     """Rank 0's chunks, each of them safe in the journal."""
     journal, schedule = run.journal, stage.schedule
     assert journal is not None
-    place = {row.name: number for number, row in enumerate(asked.rows)}
-    in_order = lambda groups: tuple(sorted(groups, key=lambda group: place[group.prompt_id]))  # noqa: E731
     if not isinstance(schedule, Periodic):
-        groups = []
-        for group in scored_groups(run, asked, phases):
-            journal.append(group)
-            groups.append(group)
+
+        def generate(rows: Sequence[PromptRow]) -> list[Group]:
+            if rows is not asked.rows:
+                journal.further(Further(tuple(row.name for row in rows)))
+            groups = []
+            for group in scored_groups(run, replace(asked, rows=rows), phases):
+                journal.append(group)
+                groups.append(selection.see(group))
+            return groups
+
+        groups = selection.batch(asked.rows, generate)
         journal.sync()
-        yield Chunk(in_order(groups), last=True)
+        selection.done()
+        yield Chunk(selection.in_order(groups), last=True)
         return
     asked = replace(asked, what="")  # the board is the main thread's
-    feed = Feed(scored_groups(run, asked, Phases()), len(place), journal, in_memory=schedule.groups_in_memory)
+    feed = Feed(scored_groups(run, asked, Phases()), len(asked.rows), journal, in_memory=schedule.groups_in_memory)
     last = False
     while not last:
         groups, last = feed.take(schedule.chunk_groups, patience_s(run, stage.engine))
         journal.sync()
-        yield Chunk(in_order(groups), last)
+        for group in groups:
+            selection.see(group)
+        if last:
+            selection.done()
+        yield Chunk(selection.in_order(groups), last)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -20,9 +21,11 @@ from megatron_dgrpo.packing.trajectory import Trajectory
 from megatron_dgrpo.packing.trees import name_of, trees
 from megatron_dgrpo.rollout.journal import Trained
 from megatron_dgrpo.train.chunks import chunks
-from megatron_dgrpo.train.finite import finite
+from megatron_dgrpo.train.nonfinite import Guard
+from megatron_dgrpo.train.rehearsal import rehearse
 from megatron_dgrpo.train.run import Run
 from megatron_dgrpo.train.saving import Kept, Progress
+from megatron_dgrpo.train.selection import Selection
 from megatron_dgrpo.train.tally import Tally, check_schedule
 from megatron_dgrpo.train.teaching import preflight, teach
 from megatron_dgrpo.train.update import Gradients, Work, old_logprobs
@@ -32,24 +35,30 @@ def run_dgrpo(run: Run, stage: OnPolicy, number: int, progress: Progress) -> Non
     student = run.trained
     check_schedule(stage)
     prompts = run.prompts(stage, number)
+    selection = Selection(stage, prompts)
     factors = Factors(stage.objective, dgrpo_loss(stage.objective)[0])
     rewarded = isinstance(stage.objective, Rewarded)
-    kind = run.config.stages[number].kind
+    guard = Guard(run, stage, number)
     silent = SilentSteps(rewarded=any(reward.weight for reward in stage.rewards)) if rewarded else None
     student.start_optimizer(stage.optimizer, stage.num_updates)
     if note := shaping_note(stage):
         run.note(note)
-    kept: dict[str, Kept] = {"data": prompts, "factors": factors}
+    kept: dict[str, Kept] = {"data": prompts, "factors": factors, "guard": guard, "selection": selection}
     if silent:
         kept["silent"] = silent
-    for step in progress.steps(number, kept):
+
+    def dry_work(trajectories: Sequence[Trajectory]) -> Work:
+        dry_tally = Tally(stage, {}, run.teacher_names if stage.uses_teacher else ())
+        return _work(run, stage, dry_tally, trajectories, factors.at(0), 1)
+
+    for step in progress.steps(number, kept, partial(rehearse, run, stage, number, dry_work)):
         run.begin(number, step)
         phases = Phases()
         with phases("sync"):
             run.sync(stage.engine)
-        rows = prompts.take(stage.prompts_per_step)
-        tally = Tally(stage, prompts.facts(), run.teacher_names if stage.uses_teacher else ())
-        updates = _updates(run, stage, chunks(run, stage, number, step, rows, phases), tally, factors, step, phases)
+        tally = Tally(stage, {}, run.teacher_names if stage.uses_teacher else ())
+        generated = chunks(run, stage, number, step, selection, phases)
+        updates = _updates(run, stage, generated, tally, factors, step, phases)
         seen: list[dict[str, float]] = []
         for update, parts in enumerate(updates, 1):
             gradients = Gradients(student)
@@ -57,23 +66,26 @@ def run_dgrpo(run: Run, stage: OnPolicy, number: int, progress: Progress) -> Non
                 with phases("train"):
                     gradients.add(work)
                 points.reached("step.part")
-            with phases("train"), finite(kind, number, step, update):
+            metrics: dict[str, float] = {}
+            with phases("train"), guard(gradients, parts if isinstance(parts, list) else None, step, update):
                 metrics = gradients.finish(tally.scale)
                 if warning := check_mismatch(stage.mismatch, metrics, f"stages.{number}"):
                     run.note(f"step {step}, update {update}: {warning}", kind="mismatch", level="warning")
                 metrics |= student.update()
-            seen.append(metrics)
-            run.version += 1
-            points.reached("step.update")
-            if run.journal is not None:
-                run.journal.trained(Trained(update, run.version, tally.samples_of(update)))
-                points.reached("step.journal")
+                run.version += 1
+                points.reached("step.update")
+                if run.journal is not None:
+                    run.journal.trained(Trained(update, run.version, tally.samples_of(update)))
+                    points.reached("step.journal")
+            seen += [metrics] if metrics else []
             tally.facts |= {f"reward/{name}": count for name, count in run.reward_failures().items()}
             last = update == len(updates)
-            run.report(number, step, tally.facts | metrics, update=update, phases=phases if last else None)
+            facts = tally.facts | selection.facts | guard.facts
+            run.report(number, step, facts | metrics, update=update, phases=phases if last else None)
         if silent and (words := silent.observe(tally.facts, factors.at(step - 1))):
             run.note(words, kind="silence", level="warning")
-        factors.observe({name: float(np.mean([m[name] for m in seen if name in m])) for name in seen[-1]})
+        if seen:
+            factors.observe({name: float(np.mean([m[name] for m in seen if name in m])) for name in seen[-1]})
 
 
 def _updates(

@@ -13,14 +13,19 @@ EVALUATION_SEED = 7919
 """Held-out responses are drawn with seeds of their own, so that evaluating more or less often changes no training."""
 
 
-def evaluate(run: Run, stage: int, step: int) -> float | None:
-    """Evaluate if it is due: before the first step, after the last one, and every so many between. Returns the mean
-    reward on rank 0."""
+def is_due(run: Run, stage: int, step: int) -> bool:
+    """Before the first step, after the last one, and every so many between."""
     settings = run.config.evaluation
     if settings is None:
-        return None
+        return False
     last = run.config.stages[stage].steps
-    if not (step in (0, last) or (settings.every and step % settings.every == 0)):
+    return step in (0, last) or bool(settings.every and step % settings.every == 0)
+
+
+def evaluate(run: Run, stage: int, step: int) -> float | None:
+    """Returns the mean reward on rank 0; nothing where there is no evaluation."""
+    settings = run.config.evaluation
+    if settings is None:
         return None
     phases = Phases()
     with phases("sync"):

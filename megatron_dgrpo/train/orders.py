@@ -22,6 +22,7 @@ from megatron_dgrpo.rollout.codec import register
 class Order:
     save: bool = False
     end: bool = False
+    over: bool = False  # the stage, by its stop_when
 
 
 class Ended(Exception):

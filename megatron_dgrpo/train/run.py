@@ -39,6 +39,7 @@ from megatron_dgrpo.parallel.groups import Groups
 from megatron_dgrpo.rewards.base import Sample
 from megatron_dgrpo.rewards.compose import Settled, settle
 from megatron_dgrpo.rewards.pool import RewardPool
+from megatron_dgrpo.rollout import fp8
 from megatron_dgrpo.rollout.board import Board as StoreBoard
 from megatron_dgrpo.rollout.delivery import deliver, tell_gpu, trainer_side
 from megatron_dgrpo.rollout.journal import Journal
@@ -50,6 +51,7 @@ from megatron_dgrpo.train.engines import Engines
 from megatron_dgrpo.train.epochs import prompt_source
 from megatron_dgrpo.train.options import DTYPES, build_options
 from megatron_dgrpo.train.orders import Ended, Order, Waiting
+from megatron_dgrpo.train.stopping import Stopping
 from megatron_dgrpo.train.student import Student
 from megatron_dgrpo.train.teachers import Teachers
 
@@ -72,6 +74,7 @@ class Run:
     teacher_groups: tuple[Groups, ...] = ()
     teachers: Teachers | None = None
     waiting: Waiting | None = None  # on rank 0
+    stopping: Stopping | None = None  # of the stage
     versions: dict[str, int] = field(default_factory=dict)  # of the weights that each engine has
     version: int = 0  # of the student's weights: the number of updates so far
     _failed: dict[str, float] = field(default_factory=dict)  # of rewards, since it was last asked for
@@ -208,14 +211,18 @@ class Run:
         student's ranks; a replica that is lost meanwhile gets them when it is there again."""
         assert self.student is not None
         settings = self.config.engines[engine]
-        dtype = DTYPES[settings.dtype or self.model.dtype]
+        decoder, dtype = self.student.decoder, DTYPES[settings.dtype or self.model.dtype]
+        shards: fp8.Shards = partial(export_shards, decoder, dtype)
+        weights = manifest(decoder.spec, dtype)
+        if settings.quantization:
+            shards, weights = fp8.quantised(shards, weights, group=self.groups.world, device=platform.device())
         while True:
             pool = self.engines.client(engine) if self.engines else None
             targets = pool.targets(everywhere=everywhere) if pool else []
             try:
                 deliver(
-                    partial(export_shards, self.student.decoder, dtype),
-                    manifest(self.student.decoder.spec, dtype),
+                    shards,
+                    weights,
                     version=self.version,
                     store=dist.PrefixStore(f"weights/{engine}", self.store),
                     group=self.groups.world,
@@ -326,6 +333,8 @@ class Run:
         if self.records is not None:
             settings = self.config.stages[stage]
             self.records.report(settings.kind, stage, step, settings.steps, values, update=update, phases=phases)
+            if self.stopping is not None:
+                self.stopping.observe(values)
 
     def note(self, words: str, *, kind: str = "note", level: Level = "info") -> None:
         """Something else than a figure: onto the console and into events.jsonl."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 from megatron_dgrpo import points
 from megatron_dgrpo.algorithms.build import dgrpo_loss, head_options, sft_loss, static_streams
@@ -14,11 +16,12 @@ from megatron_dgrpo.data.supervised import example
 from megatron_dgrpo.observe.timers import Phases
 from megatron_dgrpo.packing.trajectory import Trajectory
 from megatron_dgrpo.packing.trees import documents, name_of, trees
-from megatron_dgrpo.train.finite import finite
+from megatron_dgrpo.train.nonfinite import Guard
+from megatron_dgrpo.train.rehearsal import rehearse
 from megatron_dgrpo.train.run import Run
 from megatron_dgrpo.train.saving import Kept, Progress
 from megatron_dgrpo.train.teaching import preflight, teach
-from megatron_dgrpo.train.update import Work, compute_gradients
+from megatron_dgrpo.train.update import Gradients, Work
 
 
 def run_static(run: Run, stage: Static, number: int, progress: Progress) -> None:
@@ -26,10 +29,15 @@ def run_static(run: Run, stage: Static, number: int, progress: Progress) -> None
     student = run.trained
     factors = Factors(stage.objective, dgrpo_loss(stage.objective)[0]) if isinstance(stage, KD) else None
     student.start_optimizer(stage.optimizer, stage.num_updates)
-    kept: dict[str, Kept] = {"data": rows}
+    guard = Guard(run, stage, number)
+    kept: dict[str, Kept] = {"data": rows, "guard": guard}
     if factors:
         kept["factors"] = factors
-    for step in progress.steps(number, kept):
+
+    def dry_work(examples: Sequence[Trajectory]) -> Work:
+        return _work(run, stage, examples, factors.at(0) if factors else {}, 1)[0]
+
+    for step in progress.steps(number, kept, partial(rehearse, run, stage, number, dry_work)):
         run.begin(number, step)
         phases = Phases()
         with phases("pack"):
@@ -42,11 +50,16 @@ def run_static(run: Run, stage: Static, number: int, progress: Progress) -> None
             if step == 1 and isinstance(stage, KD) and stage.preflights:
                 with phases("preflight"):
                     facts |= preflight(run, stage, work, work.factors, examples)
-        with phases("train"), finite(run.config.stages[number].kind, number, step):
-            metrics = compute_gradients(student, work) | student.update()
-            run.version += 1
-            points.reached("step.update")
-        run.report(number, step, facts | metrics, phases=phases)
+        metrics: dict[str, float] = {}
+        with phases("train"):
+            gradients = Gradients(student)
+            gradients.add(work)
+            with guard(gradients, [work], step):
+                metrics = gradients.finish()
+                metrics |= student.update()
+                run.version += 1
+                points.reached("step.update")
+        run.report(number, step, facts | guard.facts | metrics, phases=phases)
 
 
 def next_examples(run: Run, stage: Static, rows: PromptSource) -> tuple[list[Trajectory], dict[str, float]]:
@@ -63,7 +76,7 @@ def next_examples(run: Run, stage: Static, rows: PromptSource) -> tuple[list[Tra
 
 
 def _work(
-    run: Run, stage: Static, examples: list[Trajectory], factors: dict[str, float], step: int
+    run: Run, stage: Static, examples: Sequence[Trajectory], factors: dict[str, float], step: int
 ) -> tuple[Work, dict[str, float]]:
     """This rank's micro-batches, the streams of the whole batch, and its figures. A teacher scores trees."""
     loss = static_loss(stage)

@@ -6,7 +6,6 @@ import math
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 
@@ -42,7 +41,7 @@ class Student:
         ]
         self._settings: Adam | None = None
         self._optimizer: MegatronOptimizer | None = None
-        self._updates = self._num_updates = 0
+        self._updates = self._num_updates = self._made = 0
 
     def start_optimizer(self, settings: Adam, num_updates: int = 0) -> None:
         """For so many updates, over which the learning rate follows its schedule."""
@@ -65,7 +64,7 @@ class Student:
             self._optimizer = get_megatron_optimizer(
                 config, self.wrapped, use_gloo_process_groups=False, pg_collection=groups.collection
             )
-        self._settings, self._updates, self._num_updates = settings, 0, num_updates
+        self._settings, self._updates, self._num_updates, self._made = settings, 0, num_updates, 0
 
     @property
     def optimizer(self) -> MegatronOptimizer:
@@ -74,13 +73,18 @@ class Student:
 
     @property
     def updates(self) -> int:
-        """Of this stage: the learning rate follows them."""
+        """Of this stage, those that were skipped included: the learning rate follows them."""
         return self._updates
 
-    def resume(self, updates: int) -> None:
+    @property
+    def made(self) -> int:
+        """Updates of this stage that were not skipped: without one the optimizer has no state."""
+        return self._made
+
+    def resume(self, updates: int, made: int) -> None:
         """The weights, and the optimizer's state where updates were made, came from a checkpoint."""
-        self._updates = updates
-        if not updates:
+        self._updates, self._made = updates, made
+        if not made:
             self.optimizer.reload_model_params()  # master weights were made of what the model held before
 
     def zero_grad(self) -> None:
@@ -100,23 +104,25 @@ class Student:
         """One optimizer update from the gradients in the buffers. Nothing is changed when they are not finite."""
         assert self._settings is not None
         lr = rate(self._settings, self._updates + 1, self._num_updates)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-            group["weight_decay"] = self._settings.weight_decay * group["wd_mult"]  # 0 for norms and biases
         self.optimizer.prepare_grads()
         norm = float(self.optimizer.get_grad_norm())
         if not math.isfinite(norm):
             raise NonFiniteError(
-                f"the gradient's norm is {norm} at update {self._updates + 1} of this stage (learning rate "
-                f"{lr:g}); no weight was changed. On rank {dist.get_rank()} it comes from "
-                f"{', '.join(self._bad_gradients()) or 'nothing'}. "
-                "Lower the learning rate, or look for the sample in the rollouts of this step"
+                f"the gradient's norm is {norm} at update {self._updates + 1} of this stage (learning rate {lr:g})"
             )
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+            group["weight_decay"] = self._settings.weight_decay * group["wd_mult"]  # 0 for norms and biases
         self.optimizer.step()
         self._updates += 1
+        self._made += 1
         return {"grad_norm": norm, "lr": lr}
 
-    def _bad_gradients(self, limit: int = 4) -> list[str]:
+    def skip(self) -> None:
+        """Leave an update out: the learning rate's schedule goes on, all else is as it was."""
+        self._updates += 1
+
+    def bad_gradients(self, limit: int = 4) -> list[str]:
         """Parameters whose gradient is not finite in this rank's buffers: its own part of the sum, and what it alone
         contributed elsewhere."""
         named = (item for part in self.wrapped for item in part.named_parameters())

@@ -35,7 +35,7 @@ from megatron_dgrpo.algorithms.losses import Evaluation, Loss, Summary, add_summ
 from megatron_dgrpo.algorithms.metrics import Metric, mean_of, merge, pack, rescaled, unpack, values
 from megatron_dgrpo.algorithms.mismatch import mismatch_metrics
 from megatron_dgrpo.algorithms.streams import Streams
-from megatron_dgrpo.errors import NonFiniteError, listing
+from megatron_dgrpo.errors import NonFiniteError
 from megatron_dgrpo.heads import RowStatistics, gather_rows
 from megatron_dgrpo.model.schedule import run_schedule
 from megatron_dgrpo.packing.layout import Layout
@@ -71,20 +71,16 @@ class Gradients:
         student.zero_grad()
         self._student = student
         self._metrics: dict[str, Metric] = {}
-        self._reports: list[str] = []
         self._factors: Mapping[str, float] = {}
+        self.reports: list[str] = []
+        """This rank's loss rows that are not finite."""
 
     def add(self, work: Work) -> None:
-        student = self._student
-        summary = _summary(student, work) if work.loss.needs != "token" else None
+        def look(rows: LossRows, evaluation: Evaluation, statistics: RowStatistics) -> dict[str, Metric]:
+            self.reports.extend(nonfinite_report(evaluation, statistics, rows.streams, work.names))
+            return _metrics(rows, work, evaluation, statistics)
 
-        def loss_of(hidden: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, dict[str, Metric]]:
-            rows = loss_rows(student, hidden, layout, work)
-            scalar, evaluation, statistics = _evaluate(rows, work, summary)
-            self._reports.extend(nonfinite_report(evaluation, statistics, rows.streams, work.names))
-            return scalar, _metrics(rows, work, evaluation, statistics)
-
-        parts = run_schedule(student.decoder, student.wrapped, work.layouts, loss_of, forward_only=False)
+        parts = backward(self._student, work, summarise(self._student, work), look)
         self._metrics = merge([self._metrics, *parts])
         self._factors = work.factors
 
@@ -93,14 +89,22 @@ class Gradients:
         self._student.reduce_gradients(scale)
         metrics = _of_the_whole_batch(self._student, rescaled(self._metrics, scale))
         if metrics.get("nonfinite_rows"):
-            raise NonFiniteError(
-                listing(
-                    f"{int(metrics['nonfinite_rows'])} loss rows are not finite; no weight was changed. On rank "
-                    f"{dist.get_rank()}:",
-                    self._reports or ["none: see the other ranks' logs"],
-                )
-            )
+            raise NonFiniteError(f"{int(metrics['nonfinite_rows'])} loss rows are not finite")
         return balance_values(metrics) | {f"{name}/factor": float(factor) for name, factor in self._factors.items()}
+
+
+Look = Callable[[LossRows, Evaluation, RowStatistics], dict[str, Metric]]
+
+
+def backward(student: Student, work: Work, summary: Summary | None, look: Look) -> list[dict[str, Metric]]:
+    """The gradients of a part of the batch, added to the buffers, and what `look` made of each micro-batch."""
+
+    def loss_of(hidden: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, dict[str, Metric]]:
+        rows = loss_rows(student, hidden, layout, work)
+        scalar, evaluation, statistics = _evaluate(rows, work, summary)
+        return scalar, look(rows, evaluation, statistics)
+
+    return run_schedule(student.decoder, student.wrapped, work.layouts, loss_of, forward_only=False)
 
 
 def compute_gradients(student: Student, work: Work) -> dict[str, float]:
@@ -133,8 +137,10 @@ def each_micro_batch(student: Student, layouts: Sequence[Layout], look: Callable
     run_schedule(student.decoder, student.wrapped, layouts, loss_of, forward_only=True)
 
 
-def _summary(student: Student, work: Work) -> Summary:
-    """What the terms must know of the whole batch: summed over micro-batches, then over ranks."""
+def summarise(student: Student, work: Work) -> Summary | None:
+    """What the terms must know of the whole batch, if anything: summed over micro-batches, then over ranks."""
+    if work.loss.needs == "token":
+        return None
     parts: list[Summary] = []
 
     def keep(hidden: torch.Tensor, layout: Layout) -> None:

@@ -113,6 +113,14 @@ def test_placements_and_transports_of_engines() -> None:
     )
 
 
+def test_fp8_engines_compute_in_bfloat16() -> None:
+    fp8, dtype = ("engines.main.quantization", "fp8"), "engines.main.dtype"
+    assert only(fp8).startswith("engines.main.quantization: what is not in FP8 is bfloat16")
+    assert only(fp8).endswith("this engine's dtype is float32; set engines.main.dtype=bfloat16")
+    assert problems(spoilt(fp8, (dtype, "bfloat16"))) == []
+    assert problems(spoilt(fp8, ("models.small.dtype", "bfloat16"))) == []
+
+
 def test_layouts() -> None:
     assert only(("models.small.layout", {"sequence_parallel": True}), ("models.large.layout", {})).startswith(
         "models.small.layout.sequence_parallel: needs tensor parallelism; set models.small.layout.tp=2"

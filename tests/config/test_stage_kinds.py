@@ -103,3 +103,13 @@ def test_master_weights_of_fewer_bits_are_for_models_in_bfloat16() -> None:
     adam = {"lr": 1e-3, "precision_aware": {"exp_avg": "bfloat16"}}
     assert only(("stages.0.optimizer", adam)).startswith("stages.0.optimizer.precision_aware: master weights")
     assert problems(spoilt(("stages.0.optimizer", adam), ("models.small.dtype", "bfloat16"))) == []
+
+
+def test_what_happens_to_updates_that_are_not_finite() -> None:
+    assert spoilt(static("sft")).stages[0].on_nonfinite.kind == "stop"
+    skip = spoilt(static("sft", on_nonfinite="skip")).stages[0].on_nonfinite
+    assert skip.kind == "skip" and skip.in_a_row == 10
+    with pytest.raises(ValidationError, match="in_a_row"):
+        spoilt(static("sft", on_nonfinite={"kind": "skip", "in_a_row": 0}))
+    with pytest.raises(ValidationError, match="on_nonfinite"):
+        spoilt(static("sft", on_nonfinite={"kind": "stop", "in_a_row": 3}))

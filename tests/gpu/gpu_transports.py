@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -48,11 +49,11 @@ def make_folder(folder: str, seed: int) -> str:
 class Engine:
     """An engine host on given GPUs, in bfloat16."""
 
-    def __init__(self, folder: str, gpus: str, sleeps: bool) -> None:
+    def __init__(self, folder: str, gpus: str, sleeps: bool, **more: object) -> None:
         self.address, self.key = f"tcp:127.0.0.1:{_free_port()}", secrets.token_hex(32)
         settings = dict(
             address=self.address, key=self.key, model_path=folder, dtype="bfloat16", max_model_len=512,
-            kv_cache_bytes=2**26, max_num_seqs=32, prefix_cache=True, threads=1, sleeps=sleeps,
+            kv_cache_bytes=2**26, max_num_seqs=32, prefix_cache=True, threads=1, sleeps=sleeps, **more,
         )  # fmt: skip
         code = f"from megatron_dgrpo.rollout.host import serve; serve(**{settings!r})"
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpus}
@@ -78,11 +79,11 @@ def fresh(folder: str, gpus: str) -> Answers:
         engine.close()
 
 
-def push(source: str, folder: str, engine: Engine, version: int, ranks: int = 1) -> list[str]:
-    """By ranks on GPUs 0, 1, ...; returns what went wrong on each."""
+def push(source: str, folder: str, engine: Engine, version: int, ranks: int = 1, *, narrow: bool = False) -> list[str]:
+    """By ranks on GPUs 0, 1, ..., in FP8 if `narrow`; returns what went wrong on each."""
     context = multiprocessing.get_context("spawn")
     port, answers = _free_port(), context.Queue()
-    args = (ranks, port, source, folder, engine.address, engine.key, version, answers)
+    args = (ranks, port, source, folder, engine.address, engine.key, version, narrow, answers)
     processes = [context.Process(target=_push, args=(rank, *args)) for rank in range(ranks)]
     for process in processes:
         process.start()
@@ -92,9 +93,10 @@ def push(source: str, folder: str, engine: Engine, version: int, ranks: int = 1)
     return found
 
 
-def _push(rank, ranks, port, source, folder, address, key, version, answers):  # type: ignore[no-untyped-def]
+def _push(rank, ranks, port, source, folder, address, key, version, narrow, answers):  # type: ignore[no-untyped-def]
     import torch.distributed as dist
 
+    from megatron_dgrpo.rollout import fp8
     from megatron_dgrpo.rollout.device_push import push_on_device
 
     torch.cuda.set_device(rank)
@@ -103,8 +105,11 @@ def _push(rank, ranks, port, source, folder, address, key, version, answers):  #
     clients = [EngineClient.connect(address, key, deadline_s=20, owner=False)] if rank == 0 else []
     try:
         tensors = {name: t.to(f"cuda:{rank}", torch.bfloat16) for name, t in whole_tensors(folder).items()}
+        shards, weights, device = partial(half_shards, tensors, rank, ranks), manifest_of(tensors), f"cuda:{rank}"
+        if narrow:
+            shards, weights = fp8.quantised(shards, weights, group=dist.group.WORLD, device=torch.device(device))
         push_on_device(
-            half_shards(tensors, rank, ranks), manifest_of(tensors), source=source, version=version,
+            shards(), weights, source=source, version=version,
             store=dist.PrefixStore("weights", store), group=dist.group.WORLD, device=torch.device("cuda", rank),
             clients=clients, engine_ranks=[len(c.describe().gpus) for c in clients], bucket_bytes=40_000,
             deadline_s=120, checksums=True,

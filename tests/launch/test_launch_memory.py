@@ -184,6 +184,11 @@ def test_engines_and_files() -> None:
     memory = engine_memory(engine, "bfloat16", SPEC, 1000)
     assert (memory.weights, memory.kv_per_token, memory.buckets) == (1000, 2 * 4 * 1 * 32 * 2, 2**17)
     assert memory.sequences == 2**20 / (512 * 512)
+    narrow = engine_memory(engine.model_copy(update={"quantization": "fp8"}), "bfloat16", SPEC, num_parameters(SPEC))
+    linear = 64 * (4 * 32 * 2 + 2 * 2 * 32) + 3 * 64 * 128
+    scales = 7 * 4  # every matrix of this model is within one block
+    assert narrow.weights == (4 * (linear + scales) + 2 * (num_parameters(SPEC) - 4 * linear)) // 2
+    assert narrow.kv_cache == memory.kv_cache
     per_layer = 64 * (4 * 32 * 2 + 2 * 2 * 32) + 2 * 32 + 3 * 64 * 128 + 2 * 64
     assert num_parameters(SPEC) == 4 * per_layer + 64 + 101 * 64
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,21 @@ import pytest
 
 from megatron_dgrpo.config.schema import Config
 from megatron_dgrpo.errors import ConfigError
-from megatron_dgrpo.launch.preflight import check_models, engine_problems, engine_tp_problems, kv_bytes
+from megatron_dgrpo.launch.preflight import (
+    check_models,
+    engine_fp8_problems,
+    engine_problems,
+    engine_tp_problems,
+    kv_bytes,
+)
 from megatron_dgrpo.model.spec import ModelSpec, Rope
 
 SPEC = ModelSpec(
     architecture="Qwen3ForCausalLM", num_layers=3, hidden_size=64, ffn_size=128, num_heads=4, num_kv_heads=2,
     head_dim=32, vocab_size=100, tied=True, norm_eps=1e-6, rope=Rope(1e4), max_positions=512, qk_norm=True,
 )  # fmt: skip
+
+WIDE = replace(SPEC, hidden_size=256, ffn_size=384, num_heads=8, num_kv_heads=4, head_dim=64)
 
 
 def config(path: str = "small", **engine: Any) -> Config:
@@ -63,6 +72,35 @@ def test_models_that_vllm_cannot_cut(tp: int, words: list[str]) -> None:
     found = list(engine_tp_problems(SPEC, tp))
     assert len(found) == len(words)
     assert all(word in problem and problem.startswith(str(tp)) for word, problem in zip(words, found, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("tp", "words"),
+    [
+        (1, []),
+        (2, ["MLP of 384 over 2 ranks"]),
+        (4, ["key-value heads of 256 over 4 ranks", "MLP of 384 over 4 ranks"]),
+    ],
+)
+def test_blocks_must_not_be_cut_by_an_engine(tp: int, words: list[str]) -> None:
+    found = list(engine_fp8_problems(WIDE, tp))
+    assert len(found) == len(words) and all(word in problem for word, problem in zip(words, found, strict=True))
+
+
+def test_a_narrow_model_has_no_whole_blocks() -> None:
+    found = list(engine_fp8_problems(replace(WIDE, hidden_size=192, head_dim=32), 2))
+    assert [problem.split(" is ")[0] for problem in found] == [
+        "a hidden size of 192",
+        "a width of the key-value heads of 128 over 2 ranks",
+        "a width of the MLP of 384 over 2 ranks",
+    ]
+
+
+def test_an_fp8_engine_needs_whole_blocks() -> None:
+    (hidden, keys) = problems(quantization="fp8")
+    assert hidden.startswith("engines.main.quantization: a hidden size of 64 is not cut into whole blocks of 128")
+    assert "key-value heads of 64 is" in keys and keys.endswith("change engines.main.tp, or leave quantization out")
+    assert list(engine_problems(config(quantization="fp8", tp=1), {"small": WIDE}, block_size=128)) == []
 
 
 def test_ranks_share_the_key_value_heads() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import shutil
@@ -22,6 +23,12 @@ VOCAB = 161
 CONTEXT = 512
 BLOCK = 128  # vLLM's on CPU
 PREFIX = "dgrpo-push-"
+FP8_SIZES = dict(
+    vocab_size=VOCAB, hidden=256, heads=8, kv_heads=4, head_dim=64, layers=2, intermediate=256, std=0.1,
+    random_norms=True,
+)  # fmt: skip
+FP8_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
+"""Of models whose every matrix has whole blocks, on two ranks, too."""
 
 
 # ---- models; these run where torch is ----
@@ -59,6 +66,32 @@ def make_folders(folder: str, kind: str, count: int) -> list[str]:
         paths.append(os.path.join(folder, f"v{version}"))
         model.save_pretrained(paths[-1])
     return paths
+
+
+def write_fp8(source: str, target: str, widened: str) -> None:
+    """The FP8 folder of a folder, and one with the numbers that it stands for, in float32."""
+    import torch
+    from safetensors.torch import save_file
+
+    from megatron_dgrpo.rollout import fp8
+    from megatron_dgrpo.rollout.fp8_format import SCALE, is_quantised, quantisation_config
+
+    narrow, wide = {}, {}
+    for name, tensor in whole_tensors(source).items():
+        if is_quantised(name, tensor.shape):
+            narrow[name], narrow[name + SCALE] = fp8.quantise(tensor)
+            wide[name] = fp8.dequantise(narrow[name], narrow[name + SCALE])
+        else:
+            narrow[name] = tensor.to(torch.bfloat16)
+            wide[name] = narrow[name].float()
+    for folder, tensors in ((target, narrow), (widened, wide)):
+        shutil.copytree(source, folder)
+        save_file(tensors, os.path.join(folder, "model.safetensors"), {"format": "pt"})
+    path = os.path.join(target, "config.json")
+    with open(path) as file:
+        config = json.load(file)
+    with open(path, "w") as file:
+        json.dump({**config, "quantization_config": quantisation_config(list(narrow))}, file)
 
 
 def hf_logprobs(folder: str, prompt: np.ndarray, tokens: np.ndarray, temperature: float) -> np.ndarray:

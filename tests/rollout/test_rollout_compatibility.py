@@ -50,6 +50,7 @@ def test_the_right_engine_has_no_problem() -> None:
         ("vocab_size", 162, "has 161", "vocabulary of 162"),
         ("max_model_len", 511, "max_model_len=512", "context of 511"),
         ("dtype", "bfloat16", "says float32", "computes in bfloat16"),
+        ("quantization", "fp8", "quantization=none", "has weights in fp8"),
         ("vllm_version", "0.31.0", "has 0.32.0", "vLLM 0.31.0"),
         ("shared_memory", "elsewhere/1", "this machine's /dev/shm", "start it on this machine"),
     ],

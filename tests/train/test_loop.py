@@ -106,7 +106,8 @@ def test_a_run_from_its_start_to_an_exported_folder(files: Path, tmp_path: Path)
     last = [r for r in updates if "time/step" in r]
     assert [r["step"] for r in last] == [1, 2, 3, 1] and all(r["time/train"] > 0 for r in last)
     found = [event["kind"] for event in read_events(run_dir / "events.jsonl").records]
-    assert sorted(found) == ["checkpoint"] * 3 + ["end", "note", "start"], "each stage's end; where it was exported"
+    kinds = ["checkpoint"] * 3 + ["end"] + ["memory"] * 3 + ["note", "start"]
+    assert sorted(found) == kinds, "each stage's end; its dry batch; where it was exported"
     _loads_in_transformers_and_differs(run_dir / "hf", files / "student")
     assert not list(Path("/dev/shm").glob("dgrpo-*"))
 

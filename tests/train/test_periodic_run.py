@@ -50,7 +50,10 @@ def _config(files: Path, run_dir: Path) -> dict[str, Any]:
         "student": "student",
         "teachers": [{"model": "teacher", "ranks": "own"}],
         "engines": {"rollout": {"model": "student", "max_model_len": 40, "kv_cache_bytes": 2**26}},
-        "stages": [stage | {"steps": 2, "updates_per_batch": 2}, stage | {"steps": 3, "schedule": periodic}],
+        "stages": [
+            stage | {"steps": 2, "updates_per_batch": 2},
+            stage | {"steps": 3, "schedule": periodic, "filter": {"visits": 1}},
+        ],
     }
 
 
@@ -78,6 +81,10 @@ def test_every_sample_is_of_one_version_journalled_and_trained_on_once(files: Pa
         assert record["mismatch/max"] <= 1e-4 and record["teacher_kl/kl"] > 1e-3
         assert record["teacher_kl/weight"] == pytest.approx(1.0, abs=1e-6)
         assert record["groups"] == PROMPTS and record["nonfinite_rows"] == 0
+    seen = [r for r in updates if r["stage_number"] == 1]  # a visit counts from the next step on
+    assert [r["filter/always"] + r["filter/never"] for r in seen] == [
+        sum(earlier["equal_groups"] for earlier in seen[:number]) for number in range(3)
+    ]
     assert [r["preflight/second_score"] < 1e-6 for r in updates if "preflight/second_score" in r] == [True] * 3
 
     rollouts = tmp_path / "run/rollouts"

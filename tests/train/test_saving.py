@@ -25,7 +25,7 @@ def _entered(stage: int) -> Any:
     from megatron_dgrpo.train.resuming import Resumed
     from megatron_dgrpo.train.saving import Progress
 
-    trainer = {"stage": 1, "step": 7, "evaluated": True, "parts": {"data": 40, "factors": {}}}
+    trainer = {"stage": 1, "step": 7, "evaluated": True, "over": False, "parts": {"data": 40, "factors": {}}}
     progress, rows = object.__new__(Progress), Counter()
     progress._run, progress._resumed = SimpleNamespace(student=None), Resumed(Path("01-000007"), trainer)  # type: ignore[assignment]
     progress._parts = {"data": rows}
@@ -33,5 +33,5 @@ def _entered(stage: int) -> Any:
 
 
 def test_a_rank_of_the_teacher_alone_goes_on_at_the_same_rows() -> None:
-    assert run_forked(_entered, 1) == ((7, True), 40)
-    assert run_forked(_entered, 2) == ((0, False), 0)  # a later stage begins
+    assert run_forked(_entered, 1) == ((7, True, False), 40)
+    assert run_forked(_entered, 2) == ((0, False, False), 0)  # a later stage begins

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from megatron_dgrpo.config.loader import load
+from megatron_dgrpo.config.metric_names import is_reported
 from megatron_dgrpo.launch.run import train
 from megatron_dgrpo.observe.metrics import read_metrics
 
@@ -49,6 +50,11 @@ def test_a_run_through_every_kind_of_stage(files: Path, tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump(_config(files, tmp_path)), encoding="utf-8")
     assert train(load(path)) == 0
     records = read_metrics(tmp_path / "run/metrics.jsonl").records
+    stages = load(path).stages
+    names = {(r["stage_number"], name) for r in records for name in r.keys() - {"update", "tokens_per_s"}}
+    figures = {(number, name) for number, name in names if not name.startswith(("time", "stage", "step"))}
+    unknown = [(n, name) for n, name in figures if not is_reported(load(path), stages[n], name)]
+    assert not unknown, "stop_when would refuse them"
     of_kind = {kind: [r for r in records if r["stage"] == kind] for kind in ("sft", "kd", "opd", "grpo", "dgrpo")}
     sft, kd = of_kind["sft"], of_kind["kd"]
     assert all(r["tokens"] >= 40 for r in sft) and sum(r["examples"] for r in sft) >= 1.5 * ROWS

@@ -16,10 +16,14 @@ class WeightSpec(NamedTuple):
 
 
 class WeightShard(NamedTuple):
-    """What one rank holds of one tensor: `local_tensor` is the part `box` of it, (start, stop) on every axis."""
+    """What one rank holds of one tensor: `local_tensor` is the part `box` of it, (start, stop) on every axis.
+
+    With `scales`, those of all blocks of the whole tensor, `dtype` is FP8 and `local_tensor` what it is made of
+    (`rollout.fp8`)."""
 
     hf_name: str
     global_shape: tuple[int, ...]
     dtype: torch.dtype
     box: tuple[tuple[int, int], ...]
     local_tensor: torch.Tensor
+    scales: torch.Tensor | None = None
