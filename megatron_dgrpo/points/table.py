@@ -110,7 +110,7 @@ _TABLE: list[tuple[str, Kind, str]] = [
     ("load", "place", "[every rank] weights and optimizer state are loaded; random states are not set"),
     # ---- weights on their way to engines ----
     ("transfer.file", "open", "a push begins: the file for two buckets"),
-    ("inbox.file", "open", "[engine] a push over a connection begins: the engine's own file for two buckets"),
+    ("inbox.file", "place", "[engine] a push over a connection begins: the engine's own file for two buckets is made"),
     ("transfer.begin", "place", "the engines have taken the manifest; no byte has moved"),
     ("transfer.box", "place", "[every rank] a part of a bucket is copied"),
     ("transfer.told", "place", "a bucket is whole and the engines are told to load it; nobody has waited for them"),
@@ -121,7 +121,6 @@ _TABLE: list[tuple[str, Kind, str]] = [
     ("engine.finish", "place", "[engine] all buckets are copied; the update is finished"),
     ("device.sum", "place", "[every rank] a bucket's bytes on devices are added up"),
     ("transfer.unlink", "remove", "every rank has mapped the file; its name goes"),
-    ("inbox.unlink", "remove", "[engine] its ranks have mapped the file; its name goes"),
     ("links.unlink", "remove", "all ranks have joined; the socket's name goes"),
     ("server.unlink", "remove", "[engine] the host ends; its socket's name goes"),
     ("links.line", "send", "[other ranks] a bucket is written; rank 0 is told which boxes"),

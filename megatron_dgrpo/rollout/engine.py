@@ -238,13 +238,13 @@ class Engine:
             "names": [t.name for t in message.tensors],
             "shapes": [list(t.shape) for t in message.tensors],
             "dtypes": [t.dtype for t in message.tensors],
-            "source": "file" if inbox else message.source,
+            "source": "inbox" if inbox else message.source,
         }
         try:
             workers.ask(self.llm, "init_weight_transfer_engine", init_info=init_info)
         finally:
             if inbox:
-                inbox.unlink()
+                inbox.close()
         workers.ask(self.llm, "start_weight_update")
         self._updating, self._inbox = True, inbox
 

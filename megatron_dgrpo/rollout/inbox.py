@@ -1,14 +1,14 @@
 """The file that weights are put into when they come over a connection: two buckets, in the engine's own shared memory.
 
-The engine's ranks map it and read it as they read a trainer's. It loses its name as soon as they have, so no way of
-dying leaves it behind. A bucket counts as here only if all of its bytes came for it, one after another.
+The engine's ranks map it and read it as they read a trainer's. It never has a name, so no way of dying leaves it
+behind: they find it among this process's open files. A bucket counts as here only if all of its bytes came for it, one
+after another.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
-import secrets
 
 import numpy as np
 
@@ -18,29 +18,27 @@ from megatron_dgrpo.rollout.buckets import rows_of
 from megatron_dgrpo.rollout.messages import BeginUpdate, LoadBucket, WeightBytes
 from megatron_dgrpo.rollout.wire_receiver import num_bytes_of
 
-_SHM = "/dev/shm"
-
 
 class Inbox:
     def __init__(self, update: BeginUpdate) -> None:
         self._specs = {spec.name: spec for spec in update.tensors}
         self._call, self._start, self._stop = 0, 0, 0  # the bucket whose bytes come, and which of them have
-        self.path = os.path.join(_SHM, f"dgrpo-inbox-{secrets.token_hex(6)}")
-        descriptor = points.open_file("inbox.file", self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        points.reached("inbox.file")
+        self._descriptor = os.memfd_create("dgrpo-inbox")
+        self.path = f"/proc/{os.getpid()}/fd/{self._descriptor}"
         try:
-            os.posix_fallocate(descriptor, 0, update.num_bytes)
-            self._file = np.frombuffer(mmap.mmap(descriptor, update.num_bytes), np.uint8)
+            os.posix_fallocate(self._descriptor, 0, update.num_bytes)
+            self._file = np.frombuffer(mmap.mmap(self._descriptor, update.num_bytes), np.uint8)
         except (OSError, ValueError) as error:
-            self.unlink()
+            self.close()
             raise TransferError(
-                f"{_SHM} of the engine's machine has no room for the {update.num_bytes} bytes of two buckets "
-                f"({error}): lower bucket_bytes, or give the machine or the container more shared memory"
+                f"The engine's machine has no room for the {update.num_bytes} bytes of two buckets ({error}): lower "
+                "bucket_bytes, or give the machine or the container more memory"
             ) from None
-        finally:
-            os.close(descriptor)
 
-    def unlink(self) -> None:
-        points.remove("inbox.unlink", self.path, missing_ok=True)
+    def close(self) -> None:
+        """All who read it have mapped it. It goes with the last of them."""
+        os.close(self._descriptor)
 
     def put(self, message: WeightBytes) -> None:
         start, stop = message.offset, message.offset + len(message.data)

@@ -172,10 +172,11 @@ class SharedMemoryWeightTransferEngine(WeightTransferEngine[SharedMemoryInit, Sh
     # ---- where the buckets lie ----
 
     def _map(self, init_info: SharedMemoryInit) -> None:
-        if init_info.source != "file":
+        if init_info.source not in ("file", "inbox"):
             raise TransferError(f"Weights cannot come to this engine by {init_info.source!r}")
+        flags = os.O_NOFOLLOW if init_info.source == "file" else 0  # an inbox is an open file of the host's
         try:
-            descriptor = os.open(init_info.path, os.O_RDWR | os.O_NOFOLLOW)
+            descriptor = os.open(init_info.path, os.O_RDWR | flags)
         except OSError as error:
             raise TransferError(
                 f"The engine cannot open {init_info.path} ({error.strerror}): it must be on the trainer's node"

@@ -67,7 +67,6 @@ RARE: dict[str, Case] = {
         Case(_kill("metrics.undo"), beside=(Fault("metrics.line", "no_space", HALF, 2, "rank0"),)),
         Case(_kill("inbox.file", role="engine-rollout"), overrides=_WIRE),
         Case(_kill("inbox.bytes", role="engine-rollout"), overrides=_WIRE),
-        Case(_kill("inbox.unlink", role="engine-rollout"), overrides=_WIRE),
     )
 }
 

@@ -67,8 +67,6 @@ ALLOWED: dict[tuple[str, str], str] = {
     ("rewards/judge.py", "*"): "a request over HTTP, by the library's own means: it is tried again",
     ("rollout/transfer.py", "_map"): MAPPED,
     ("rollout/shm_engine.py", "_map"): MAPPED,
-    ("rollout/engine.py", "begin_update"): OURS,
-    ("rollout/inbox.py", "__init__"): OURS,
     ("rollout/transfer.py", "mapped_file"): OURS,
     ("rollout/workers.py", "_take_names_away"): "names of memory that vLLM's workers share: they have it mapped",
     ("rollout/device_push.py", "push_on_device"): OURS,

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import secrets
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -172,6 +174,14 @@ def fresh(folder: str, requests: Sequence[GenerateRequest]) -> Answers:
     return run_forked(_fresh, folder, requests, preload="engine")
 
 
+def free_port() -> int:
+    """One that no connection is given of itself: such ports lie above."""
+    for port in random.sample(range(10_000, 30_000), 100):
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise AssertionError("no port is free")
+
+
 @dataclass
 class Host:
     child: Child
@@ -180,7 +190,7 @@ class Host:
     key: str
 
     def connect(self, **settings: object) -> EngineClient:
-        return EngineClient.connect(self.address, self.key, **{"deadline_s": 20, "owner": False, **settings})  # type: ignore[arg-type]
+        return EngineClient.connect(self.address, self.key, **{"deadline_s": 60, "owner": False, **settings})  # type: ignore[arg-type]
 
     def answers(self, requests: Sequence[GenerateRequest]) -> Answers:
         return by_sample(list(self.client.generate(requests, deadline_s=60)))

@@ -201,7 +201,7 @@ def _case(home: Path, host: tuple[str, str], ranks: int, bucket_bytes: int, roun
     peaks = {"trainer": max(rank[-1][2] for rank in pushed), "engine": received[-1]["peak"]}
     pushed, received = [rank[:-1] for rank in pushed], received[:-1]
     assert len(received) == rounds
-    facts = {"ranks": ranks, "bucket_mib": bucket_bytes >> 20}
+    facts: dict[str, Any] = {"ranks": ranks, "bucket_mib": bucket_bytes >> 20}
 
     def middle(key: str) -> float:
         return statistics.median(one[key] for one in received)
@@ -214,7 +214,8 @@ def _case(home: Path, host: tuple[str, str], ranks: int, bucket_bytes: int, roun
     floor, floor_cpu = middle("floor"), middle("floor_cpu")
     ok = _speed("receiving, clock", floor, middle("seconds"), RECEIVING, not use_cpu, **facts)
     ok &= _speed("receiving, cpu", floor_cpu, middle("cpu"), RECEIVING, use_cpu, **facts)
-    _line("packing", True, **facts, seconds=middle("pack"), floor=floor, ratio=floor / middle("pack"))
+    _line("packing, clock", **facts, seconds=middle("pack"), floor=floor, ratio=floor / middle("pack"))
+    _line("packing, cpu", **facts, seconds=middle("pack_cpu"), floor=floor_cpu, ratio=floor_cpu / middle("pack_cpu"))
     ok &= _speed("end to end, clock", floor, seconds, END_TO_END, not use_cpu, **facts)
     ok &= _speed("end to end, cpu", floor_cpu, cpu, END_TO_END, use_cpu, **facts)
     limit = 2 * bucket_bytes + SPARE
