@@ -23,6 +23,7 @@ from megatron_dgrpo.testing.one_hop_models import write_models
 from megatron_dgrpo.testing.soak import Chain, Start, each_once, exact, random_moment
 
 ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.timeout(1200)
 
 
 @pytest.fixture(scope="module")

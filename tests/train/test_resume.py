@@ -23,6 +23,8 @@ from megatron_dgrpo.checkpoint.manifest import checkpoints, verify
 from megatron_dgrpo.observe.events import read_events
 from megatron_dgrpo.observe.metrics import read_metrics
 
+pytestmark = pytest.mark.timeout(900)
+
 WALL_CLOCK = ("time", "time/", "tokens_per_s")
 LAST = (1, 4)
 """Stage and number of the last step."""
@@ -100,7 +102,7 @@ def _nothing_goes_on() -> Iterator[None]:
 
 
 def _ends(process: subprocess.Popen[str], status: int = 0) -> tuple[str, str]:
-    out, err = process.communicate(timeout=280)
+    out, err = process.communicate(timeout=800)
     assert process.returncode == status, f"{process.returncode}\n{out}\n{err}"
     return out, err
 
