@@ -1,7 +1,8 @@
 """Checkpoints that go: old ones are removed, damaged ones are set aside. Imports no torch.
 
 A folder that is to be removed is renamed first, so that it is a whole checkpoint or none, also after a kill. What a
-kill left half removed or half written goes when the next one is pruned, unless somebody holds its lock.
+kill left half removed or half written goes when the run goes on and when the next one is pruned, unless somebody holds
+its lock.
 """
 
 from __future__ import annotations
@@ -43,9 +44,14 @@ def prune(run_dir: str | Path, *, keep_last: int, keep_best: int) -> list[Path]:
             remove_left_over("prune.left_over", doomed)
         points.rename("prune.name", path, doomed)
         points.remove_tree("prune.tree", doomed)
+    remove_left_overs(run_dir)
+    return removed
+
+
+def remove_left_overs(run_dir: str | Path) -> None:
+    """Remove what kills left of checkpoints, whether there will be another one or not."""
     for left in (Path(run_dir) / "checkpoints").glob(".*.partial"):
         remove_left_over("prune.left_over", left)
-    return removed
 
 
 def remove_left_over(point: str, aside: Path) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megatron_dgrpo.checkpoint.pruning import remove_left_overs
 from megatron_dgrpo.config.loader import load
 from megatron_dgrpo.config.schema import Config, Layout, OnPolicy, Static
 from megatron_dgrpo.data.tokenizer import Tokenizer
@@ -53,7 +54,10 @@ def main(
     store = join_world(backend=platform.backend(), timeout_s=config.collective_timeout_s)
     config = with_steps(config, store)
     resumed = find(config.run_dir)
-    said = cut_records(config.run_dir, resumed) if dist.get_rank() == 0 else []
+    said: list[str] = []
+    if dist.get_rank() == 0:
+        remove_left_overs(config.run_dir)
+        said = cut_records(config.run_dir, resumed)
     run = _build(config, store, Engines(config, engines, key, control), shm_prefix, requests)
     for words in said:
         run.note(words, kind="resume", level="warning" if "not whole" in words else "info")

@@ -81,6 +81,12 @@ def test_a_run_that_is_killed_at_delicate_points_ends_with_the_same_bits(synchro
     _ends(synchronous.start())
 
 
+def test_what_a_kill_leaves_of_checkpoints_goes_also_where_none_is_saved_any_more(synchronous: Chain) -> None:
+    last = synchronous.reached["rank0"]["prune.tree"]
+    _struck(synchronous.start((Fault("prune.tree", "kill", HALF, nth=last, role="rank0"),)))
+    _ends(synchronous.start())
+
+
 def test_with_the_periodic_schedule_no_trajectory_is_lost_or_trained_on_twice(periodic: Chain) -> None:
     for fault in (
         Fault("step.part", "kill", nth=3, role="rank1"),  # some chunks are in the gradients
