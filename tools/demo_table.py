@@ -52,7 +52,7 @@ def measure(out: Path, *, seeds: int, steps: int) -> dict[str, list[float]]:
     demo.run_config(demo.write_config(out, "teacher", demo.teacher_config(out, 0)))
     demo.run_config(demo.write_config(out, "student", demo.student_config(out, 0)))
     gains: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    rows = []
+    rewards: dict[str, list[float]] = {kind: [] for kind in ("warm start", *KINDS)}
     for seed in range(1, seeds + 1):
         for kind, settings in KINDS.items():
             name = f"{kind.replace(' ', '-').lower()}-{seed}"
@@ -60,11 +60,13 @@ def measure(out: Path, *, seeds: int, steps: int) -> dict[str, list[float]]:
             demo.run_config(demo.write_config(out, name, config))
             before, *_, after = demo.heldout(out / "runs" / name)
             gains[kind].append(after - before)
-            rows.append(f"| {kind} | {seed} | {before:.3f} | {after:.3f} | {after - before:+.3f} |")
-    print("\n| run | seed | before | after | gain |\n|---|---|---|---|---|", *rows, sep="\n")
-    print("\n| run | mean gain |\n|---|---|")
-    for kind, found in gains.items():
-        print(f"| {kind} | {sum(found) / len(found):+.3f} |")
+            rewards[kind].append(after)
+        rewards["warm start"].append(before)
+    print("\n| ", *(f"| seed {seed} " for seed in range(1, seeds + 1)), "| mean gain |", sep="")
+    print("|---" * (seeds + 2) + "|")
+    for kind, found in rewards.items():
+        mean = f"{sum(gains[kind]) / seeds:+.3f}" if kind in gains else ""
+        print(f"| {kind} | {' | '.join(f'{reward:.3f}' for reward in found)} | {mean} |")
     return gains
 
 
