@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -17,11 +18,12 @@ import pytest
 import yaml
 
 from megatron_dgrpo.config.loader import load
-from megatron_dgrpo.errors import ConfigError
+from megatron_dgrpo.errors import ConfigError, RolloutError
 from megatron_dgrpo.launch.run import train
 from megatron_dgrpo.launch.supervisor import Supervisor
 from megatron_dgrpo.observe.events import read_events
 from megatron_dgrpo.observe.metrics import read_metrics
+from megatron_dgrpo.rollout.journal import read_step
 from megatron_dgrpo.testing.tiny import save_tiny
 
 TEMPERATURE = 0.7
@@ -251,6 +253,17 @@ def _wait(condition: Callable[[], object], seconds: float, what: str) -> None:
     while not condition():
         assert time.monotonic() < deadline, what
         time.sleep(0.1)
+
+
+def _some_groups(run_dir: Path, step: int) -> int:
+    """Wait until the first stage's step has a group in the journal; how many there are."""
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline:
+        with contextlib.suppress(RolloutError):  # it is not there, or is being begun
+            if groups := read_step(run_dir / "rollouts", 0, step).groups:
+                return len(groups)
+        time.sleep(0.002)
+    raise AssertionError(f"no group of step {step}")
 
 
 @pytest.fixture

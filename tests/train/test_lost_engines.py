@@ -10,14 +10,13 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_loop import _alive, _config, _descendants, _named, _wait, _write
+from test_loop import _alive, _config, _descendants, _named, _some_groups, _wait, _write
 
 from megatron_dgrpo.config.loader import load
 from megatron_dgrpo.errors import ConfigError
@@ -34,18 +33,6 @@ def _long_batches(config: dict[str, Any], **engine: Any) -> dict[str, Any]:
     return config | {"stages": [stage]}
 
 
-def _busy(pid: int) -> bool:
-    """Whether a process has used much of the last half second."""
-
-    def used() -> int:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return int(fields[11]) + int(fields[12])
-
-    before = used()
-    time.sleep(0.3)
-    return used() - before > 5
-
-
 def _run(files: Path, folder: Path, number: int | None = None) -> list[dict[str, Any]]:
     """The figures of each update; with a number, the engine gets that signal while it works on the second batch."""
     folder.mkdir()
@@ -53,9 +40,8 @@ def _run(files: Path, folder: Path, number: int | None = None) -> list[dict[str,
     metrics, done = folder / "run/metrics.jsonl", threading.Event()
 
     def lose() -> None:
-        _wait(lambda: metrics.exists() and '"step": 1, "update"' in metrics.read_text(), 150, "no first step")
+        assert _some_groups(folder / "run", 2) < 8, "too late"
         (engine,) = _named(_descendants(os.getpid()), "engine-rollout")
-        _wait(lambda: _busy(engine), 60, "the engine never worked")
         os.kill(engine, number or 0)
         done.set()
 

@@ -39,6 +39,7 @@ def push(rank: int, world_size: int, config_path: str, dies: bool) -> dict[str, 
         store=dist.distributed_c10d._get_default_store(),
         engines=Engines(config, {}, "", "") if rank == 0 else None,
         records=None,
+        journal=None,
         shm_prefix="dgrpo-push-",
     )
     run.version, buckets = 5, 0

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from test_loop import _descendants, _named
+from test_loop import _descendants, _named, _some_groups
 
 from megatron_dgrpo.config.loader import load
-from megatron_dgrpo.errors import ConfigError, RolloutError
+from megatron_dgrpo.errors import ConfigError
 from megatron_dgrpo.launch.run import train
 from megatron_dgrpo.observe.metrics import read_metrics
 from megatron_dgrpo.rollout.journal import read_step, steps
@@ -121,14 +119,7 @@ def test_an_engine_that_is_lost_while_the_trainer_trains_answers_for_what_is_lef
     lost: list[int] = []
 
     def lose() -> None:
-        deadline = time.monotonic() + 150
-        while (0, 2) not in steps(rollouts) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        while not lost and time.monotonic() < deadline:
-            with contextlib.suppress(RolloutError):  # it is being begun
-                if groups := read_step(rollouts, 0, 2).groups:
-                    lost.append(len(groups))
-            time.sleep(0.002)
+        lost.append(_some_groups(tmp_path / "run", 2))
         (engine,) = _named(_descendants(os.getpid()), "engine-rollout")
         os.kill(engine, number)
 
