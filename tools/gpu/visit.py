@@ -28,7 +28,7 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).resolve().parents[2]
 _STATE, VENV = ROOT / "build" / "gpu-visit.json", ROOT / "build" / "gpu-venv"
 SECONDS = {"test": 300, "bench": 420}
-ON_GPU = {"heads": ["--device", "cuda"], "tree": ["--cuda"], "conversion": [], "balance": []}
+ON_GPU = {"heads": ["--device", "cuda"], "tree": ["--cuda"], "conversion": [], "balance": [], "checkpoint": []}
 ON_CPU_ALONE = {"observe", "rollout", "schedule", "step", "weight_transfer"}
 """Benchmarks with no form for a GPU: they compare with a floor on the CPU, and all but the first need vLLM."""
 NOTHING_COLLECTED = 5
