@@ -65,7 +65,11 @@ def optimizers(optimizer: MegatronOptimizer) -> list[Any]:
 
 
 def num_steps(optimizer: MegatronOptimizer) -> int:
-    return max(int(group.get("step", 0)) for each in optimizers(optimizer) for group in each.optimizer.param_groups)
+    found = [0]
+    for each in optimizers(optimizer):
+        found += [int(group.get("step", 0)) for group in each.optimizer.param_groups]
+        found += [int(state["step"]) for state in each.optimizer.state.values() if "step" in state]  # of those on CPU
+    return max(found)
 
 
 def allocate(optimizer: MegatronOptimizer, steps: int) -> None:
@@ -77,8 +81,24 @@ def allocate(optimizer: MegatronOptimizer, steps: int) -> None:
         each.load_state_dict(state)
 
 
-def sharded_optimizer(decoder: Decoder, optimizer: MegatronOptimizer) -> dict[str, list[ShardedTensor]]:
-    """What this rank holds of each tensor, as views."""
+Held = list[tuple[Any, torch.Tensor, dict[str, torch.Tensor]]]
+"""(optimizer, parameter, its tensors)"""
+
+
+def put_back(held: Held) -> None:
+    """What was loaded into the tensors of `sharded_optimizer`, where they are copies: state in fewer bits, on CPU."""
+    with torch.no_grad():
+        for each, parameter, tensors in held:
+            each._set_main_param_and_optimizer_states(parameter, tensors)
+    for each in {id(each): each for each, _, _ in held}.values():
+        if hasattr(each.optimizer, "_sync_hdo_state_to_sub_optimizers"):
+            each.optimizer._sync_hdo_state_to_sub_optimizers()
+
+
+def sharded_optimizer(
+    decoder: Decoder, optimizer: MegatronOptimizer, held: Held | None = None
+) -> dict[str, list[ShardedTensor]]:
+    """What this rank holds of each tensor, as views; `held` gets the tensors."""
     with decoder.groups.as_default():
         model = decoder.sharded_state_dict(metadata={"dp_cp_group": decoder.groups.dp_cp})
     entries = {entry.data: entry for entry in model.values() if isinstance(entry, ShardedTensor | ShardedTensorFactory)}
@@ -87,6 +107,9 @@ def sharded_optimizer(decoder: Decoder, optimizer: MegatronOptimizer) -> dict[st
         for ranges in (r for of_dtype in each.gbuf_ranges for buckets in of_dtype.values() for r in buckets):
             for parameter, its in ranges["param_map"].items():
                 tensors = each._get_main_param_and_optimizer_states(parameter)
+                tensors.pop("step", None)  # of optimizers on CPU; see num_steps
+                if held is not None:
+                    held.append((each, parameter, tensors))
                 for piece in _pieces(entries[parameter], parameter, its["param"].start, its["param"].end, tensors):
                     found.setdefault(piece.key, []).append(piece)
     return found

@@ -7,6 +7,7 @@ its lock.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import itertools
 import os
@@ -49,25 +50,27 @@ def prune(run_dir: str | Path, *, keep_last: int, keep_best: int) -> list[Path]:
 
 
 def remove_left_overs(run_dir: str | Path) -> None:
-    """Remove what kills left of checkpoints, whether there will be another one or not."""
+    """Remove what kills left of checkpoints, whether there will be another one or not. What cannot be removed stays:
+    nobody takes it for one."""
     for left in (Path(run_dir) / "checkpoints").glob(".*.partial"):
-        remove_left_over("prune.left_over", left)
+        with contextlib.suppress(OSError):
+            remove_left_over("prune.left_over", left)
 
 
 def remove_left_over(point: str, aside: Path) -> bool:
     """Remove what a process left that was killed while it wrote or removed a folder; False where one works on it."""
     try:
-        lock = os.open(aside / LOCK, os.O_RDONLY)
+        lock = os.open(aside / LOCK, os.O_RDWR)  # for an exclusive lock NFS wants that
     except FileNotFoundError:  # it was being removed, or had not begun
         points.remove_tree(point, aside)
         return True
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        points.remove_tree(point, aside)
     except BlockingIOError:
         return False
     finally:
-        os.close(lock)
+        os.close(lock)  # first: NFS keeps an open file's folder
+    points.remove_tree(point, aside)
     return True
 
 

@@ -44,7 +44,7 @@ from megatron_dgrpo.checkpoint.manifest import (
     hash_file,
 )
 from megatron_dgrpo.checkpoint.megatron import load_megatron, sharded_weights, write_megatron
-from megatron_dgrpo.checkpoint.optimizer_state import allocate, num_steps, optimizers, sharded_optimizer
+from megatron_dgrpo.checkpoint.optimizer_state import Held, allocate, num_steps, optimizers, put_back, sharded_optimizer
 from megatron_dgrpo.checkpoint.pruning import prune
 from megatron_dgrpo.checkpoint.sharded import load_sharded, save_sharded
 from megatron_dgrpo.errors import CheckpointError, DGRPOError
@@ -64,6 +64,8 @@ class Saved:
     """How long training waited: for the snapshot."""
     total_s: float = 0.0
     failure: str = ""
+    warning: str = ""
+    """It is there, but older ones that should be gone are, too."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,7 @@ class Saver:
         self._group = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
         self._thread: threading.Thread | None = None
         self._saved: Saved | None = None
+        self._unpruned = ""
 
     def save(self, optimizer: MegatronOptimizer | None, trainer: Trainer, manifest: Manifest) -> None:
         """Save what is there now; `wait` comes before. `manifest` has everything but the files. An optimizer has made
@@ -143,7 +146,7 @@ class Saver:
             points.reached("save.done")
             total_s = time.monotonic() - job.began
             blocked_s = job.blocked_s if self._asynchronous else total_s
-            self._saved = Saved(job.target, job.needed, blocked_s, total_s)
+            self._saved = Saved(job.target, job.needed, blocked_s, total_s, warning=self._unpruned)
         except (DGRPOError, OSError) as error:
             self._saved = Saved(job.target, failure=str(error))
 
@@ -162,7 +165,11 @@ class Saver:
             self._write_manifest(job, aside)
         with agreed(group):
             if dist.get_rank(group) == 0:
-                prune(self._folder.parent, keep_last=self._keep_last, keep_best=self._keep_best)
+                self._unpruned = ""
+                try:
+                    prune(self._folder.parent, keep_last=self._keep_last, keep_best=self._keep_best)
+                except OSError as error:
+                    self._unpruned = f"older checkpoints could not be removed ({error})"
 
     def _write_manifest(self, job: _Job, aside: Path) -> None:
         rank, size = dist.get_rank(self._group), dist.get_world_size(self._group)
@@ -196,9 +203,11 @@ def load_training(decoder: Decoder, optimizer: MegatronOptimizer | None, folder:
             )
     if optimizer is not None:
         allocate(optimizer, int(trainer["optimizer_steps"]))
-        described = sharded_optimizer(decoder, optimizer)
+        held: Held = []
+        described = sharded_optimizer(decoder, optimizer, held)
         with agreed(decoder.groups.world):
             load_sharded(described, folder / OPTIMIZER)
+            put_back(held)
     return trainer
 
 

@@ -24,6 +24,13 @@ def problems(config: Config) -> Iterator[str]:
                     f"and this engine's dtype is {dtype}; set engines.{name}.dtype=bfloat16"
                 )
     for path, stage in rollout_stages(config):
+        quantised = stage.engine in config.engines and config.engines[stage.engine].quantization is not None
+        if quantised and stage.schedule.kind != "synchronous":
+            yield (
+                f"{path}.schedule: all ranks quantise for engine {stage.engine} together, also when it is started "
+                f"again while they train; set {path}.schedule.kind=synchronous or remove "
+                f"engines.{stage.engine}.quantization"
+            )
         colocated = stage.engine in config.engines and config.engines[stage.engine].placement == "colocated"
         if colocated and stage.schedule.kind != "synchronous":
             yield (

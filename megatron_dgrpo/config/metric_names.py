@@ -42,6 +42,7 @@ def is_reported(config: Config, stage: Stage, name: str) -> bool:
 def figures(config: Config, stage: Stage) -> set[str]:
     """Names that a stage may report, its evaluations' among them."""
     found = {"loss", "nonfinite_rows", "grad_norm", "lr", "tokens", "dropped", "data/skipped", "skipped_steps"}
+    found.add("data/retries")
     found |= {"policy/logprob", "policy/entropy"}
     if config.evaluation is not None:
         found |= {f"heldout/{name}" for name in ("reward", "prompts", "length", "skipped")}
@@ -64,9 +65,17 @@ def figures(config: Config, stage: Stage) -> set[str]:
 
 
 def _forms(stage: Stage) -> Iterator[str]:
-    yield from (r"mixture/.+", r"disagree/.+", r"gradient/.+", r"row/entropy", r"tokens", r"entropy/\w+")
+    yield from (
+        r"heldout/failed/.+",
+        r"mixture/.+",
+        r"disagree/.+",
+        r"gradient/.+",
+        r"row/entropy",
+        r"tokens",
+        r"entropy/\w+",
+    )
     if isinstance(stage, OnPolicy):
-        yield from (r"mismatch/\w+", r"correction/\w+", r"reward/failed/.+", r"heldout/failed/.+")
+        yield from (r"mismatch/\w+", r"correction/\w+", r"reward/failed/.+")
         if isinstance(stage.objective, Rewarded):
             yield r"surrogate/\w+"
     if isinstance(stage, Static):

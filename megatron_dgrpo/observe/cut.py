@@ -65,9 +65,11 @@ def _cut(path: Path, position: int, stays: Callable[[bytes], bool]) -> int:
 
 
 def _append(path: Path, lines: bytes) -> None:
-    file = points.open_file("removed.open", path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    file = points.open_file("removed.open", path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
     try:
-        points.write("removed.lines", file, lines if lines.endswith(b"\n") else lines + b"\n")
+        size = os.fstat(file).st_size
+        torn = size > 0 and os.pread(file, 1, size - 1) != b"\n"  # by a kill
+        points.write("removed.lines", file, b"\n" * torn + (lines if lines.endswith(b"\n") else lines + b"\n"))
         points.sync("removed.sync", file)  # before they go from where they were
     finally:
         os.close(file)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ class EventLog:
     def __init__(self, folder: str | Path) -> None:
         self.path = Path(folder) / FILE
         self._waiting: list[bytes] = []
+        self._lock = threading.RLock()  # again: a signal may come with words of its own
         self.failure = ""
         """Why events wait; empty while none does."""
 
@@ -36,19 +38,21 @@ class EventLog:
         """One event. `where` says at which stage and step."""
         record = {"time": time.time(), "level": level, "kind": kind, **where, "words": words}
         line = json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
-        self._waiting.append(line)
-        self.flush()
+        with self._lock:
+            self._waiting.append(line)
+            self.flush()
 
     def flush(self) -> None:
         """Write what waits, as far as there is room."""
-        self.failure = ""
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            while self._waiting:
-                self._append(self._waiting[0])
-                del self._waiting[0]
-        except OSError as error:
-            self.failure = error.strerror or str(error)
+        with self._lock:
+            self.failure = ""
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                while self._waiting:
+                    self._append(self._waiting[0])
+                    del self._waiting[0]
+            except OSError as error:
+                self.failure = error.strerror or str(error)
 
     def _append(self, line: bytes) -> None:
         file = points.open_file("events.open", self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND)

@@ -87,6 +87,7 @@ class MetricsWriter:
 
     def sync(self) -> None:
         """What was written survives the machine."""
+        self.flush()
         points.sync("metrics.sync", self._file)
 
     def close(self) -> None:

@@ -85,6 +85,8 @@ def pack(layer: Any, in_place: bool) -> PackedWeight | None:
         return None
     opaque = torch.ops.mkldnn._reorder_linear_weight(weight_NK, None)
     memory = _memory_of(opaque)
+    if torch.equal(weight_NK, weight_NK[:1].expand_as(weight_NK)):
+        return None  # of equal rows, of zeros: it would look the same in many forms
     for width in _WIDTHS:
         num_rows = -(-len(weight_NK) // width) * width
         if len(memory) != num_rows * weight_NK[:1].nbytes or (in_place and num_rows != len(weight_NK)):

@@ -68,10 +68,10 @@ def run_dgrpo(run: Run, stage: OnPolicy, number: int, progress: Progress) -> Non
                 points.reached("step.part")
             metrics: dict[str, float] = {}
             with phases("train"), guard(gradients, parts if isinstance(parts, list) else None, step, update):
-                metrics = gradients.finish(tally.scale)
-                if warning := check_mismatch(stage.mismatch, metrics, f"stages.{number}"):
+                found = gradients.finish(tally.scale)
+                if warning := check_mismatch(stage.mismatch, found, f"stages.{number}"):
                     run.note(f"step {step}, update {update}: {warning}", kind="mismatch", level="warning")
-                metrics |= student.update()
+                metrics = found | student.update()  # nothing of an update that is skipped
                 run.version += 1
                 points.reached("step.update")
                 if run.journal is not None:

@@ -66,8 +66,7 @@ Make = Callable[[Sequence[Trajectory]], Work]
 def rehearse(run: Run, stage: Stage, number: int, make: Make | None) -> None:
     """On all ranks of the world; those without a part of the student have no `make`."""
     if make is None and not stage.uses_teacher:
-        _of_all_ranks(0)
-        return
+        return  # the student's ranks are among themselves
     if stage.uses_teacher:
         run.load_teachers()
     _lay_engines_to_rest(run, stage)
@@ -78,7 +77,7 @@ def rehearse(run: Run, stage: Stage, number: int, make: Make | None) -> None:
     restore_random_states(to_text(states))
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    peaks = _of_all_ranks(peak)
+    peaks = _of_all_ranks(peak) if stage.uses_teacher else _of_all_ranks(peak, run.groups.world)
     most = max(range(len(peaks)), key=peaks.__getitem__)
     run.note(
         f"stage {number} ({run.config.stages[number].kind}): a batch of the largest size fits: {size.words}, in "
@@ -200,10 +199,10 @@ def _peak(*, reset: bool = False) -> int:
     return next(int(line.split()[1]) * 2**10 for line in lines if line.startswith("VmHWM"))
 
 
-def _of_all_ranks(mine: int) -> list[int]:
-    """Of all ranks of the world."""
-    everyone: list[int] = [0] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
+def _of_all_ranks(mine: int, group: dist.ProcessGroup | None = None) -> list[int]:
+    """Of all ranks of the world, or of a group."""
+    everyone: list[int] = [0] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, mine, group=group)
     return everyone
 
 

@@ -265,6 +265,8 @@ class Progress:
             f"{saved.blocked_s:.2f} s",
             kind="checkpoint",
         )
+        if saved.warning:
+            run.note(saved.warning, kind="checkpoint", level="warning")
 
     # ---- going on ----
 

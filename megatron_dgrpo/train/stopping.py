@@ -22,15 +22,19 @@ class Stopping:
         self._values: list[float | None] = [None] * len(conditions)
 
     def state(self) -> dict[str, Any]:
-        return {"in_a_row": list(self._in_a_row), "values": list(self._values)}
+        conditions = [condition.model_dump(mode="json") for condition in self._conditions]
+        return {"conditions": conditions, "in_a_row": list(self._in_a_row), "values": list(self._values)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        if len(state["in_a_row"]) == len(self._conditions):  # other conditions begin anew
-            self._in_a_row, self._values = list(state["in_a_row"]), list(state["values"])
+        """Conditions that were changed meanwhile begin anew."""
+        for i, condition in enumerate(self._conditions):
+            if condition.model_dump(mode="json") in state["conditions"]:
+                known = state["conditions"].index(condition.model_dump(mode="json"))
+                self._in_a_row[i], self._values[i] = state["in_a_row"][known], state["values"][known]
 
     def observe(self, record: Mapping[str, float]) -> None:
         for i, condition in enumerate(self._conditions):
-            if condition.metric in record:
+            if condition.metric in record and self._in_a_row[i] < condition.in_a_row:  # what was met stays so
                 value = self._values[i] = float(record[condition.metric])
                 self._in_a_row[i] = self._in_a_row[i] + 1 if _met(condition, value) else 0
 
