@@ -66,12 +66,17 @@ def _source(run: Run, stage: OnPolicy, asked: Asked, selection: Selection, phase
     journal, schedule = run.journal, stage.schedule
     assert journal is not None
     if not isinstance(schedule, Periodic):
+        num_asked = num_skipped = 0
 
         def generate(rows: Sequence[PromptRow]) -> list[Group]:
+            nonlocal num_asked, num_skipped
             if rows is not asked.rows:
                 journal.further(Further(tuple(row.name for row in rows)))
+            these = replace(asked, rows=rows, asked_before=num_asked, skipped_before=num_skipped)
+            num_asked += len(rows)
             groups = []
-            for group in scored_groups(run, replace(asked, rows=rows), phases):
+            for group in scored_groups(run, these, phases):
+                num_skipped += not group.responses
                 journal.append(group)
                 groups.append(selection.see(group))
             return groups

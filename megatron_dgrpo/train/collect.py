@@ -46,6 +46,8 @@ class Asked:
     seed: int
     step: int
     what: str = "generate"  # for the progress bar; none where it is empty
+    asked_before: int = 0  # other prompts of the same step
+    skipped_before: int = 0  # those of them that a reward failed on
 
 
 def scored_groups(run: Run, asked: Asked, phases: Phases) -> Iterator[Group]:
@@ -54,7 +56,7 @@ def scored_groups(run: Run, asked: Asked, phases: Phases) -> Iterator[Group]:
     requests = {row.name: _request(run, row, asked) for row in asked.rows}
     row_of = {row.name: row for row in asked.rows}
     pending: dict[str, dict[int, Completion]] = {name: {} for name in requests}
-    num_skipped = 0
+    num_skipped = asked.skipped_before
     deadline_s = run.config.engines[asked.engine].request_timeout_s
     assert run.engines is not None
     answers: Iterable[Completion] = run.engines.client(asked.engine).generate(
@@ -124,7 +126,8 @@ def _score(
     completions = [found[sample] for sample in sorted(found)]
     texts = [run.tokenizer.decode(completion.tokens) for completion in completions]
     samples = [Sample(row.name, text, row.prompt, row.answer, row.fields) for text in texts]
-    scored = run.score(asked.rewards, samples, num_prompts=len(asked.rows), skipped_before=skipped_before)
+    num_prompts = asked.asked_before + len(asked.rows)
+    scored = run.score(asked.rewards, samples, num_prompts=num_prompts, skipped_before=skipped_before)
     responses = [
         _response(completion, request.seeds[completion.sample], scores)
         for completion, scores, kept in zip(completions, scored.scores, scored.kept, strict=True)

@@ -119,6 +119,8 @@ def test_fp8_engines_compute_in_bfloat16() -> None:
     assert only(fp8).endswith("this engine's dtype is float32; set engines.main.dtype=bfloat16")
     assert problems(spoilt(fp8, (dtype, "bfloat16"))) == []
     assert problems(spoilt(fp8, ("models.small.dtype", "bfloat16"))) == []
+    periodic = ("stages.1.schedule", {"kind": "periodic"})
+    assert only(fp8, (dtype, "bfloat16"), periodic).startswith("stages.1.schedule: all ranks quantise for engine main")
 
 
 def test_layouts() -> None:

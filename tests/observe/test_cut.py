@@ -75,3 +75,12 @@ def test_events_that_stay_are_there_whenever_a_kill_comes(point: str, moment: st
     cut_events(tmp_path, 0, (0, 1))
     assert [event["words"] for event in read_events(log.path).records] == ["it ended so"]
     assert "later step" in (tmp_path / "events.removed.jsonl").read_text()
+
+
+def test_what_a_kill_cut_short_beside_damages_no_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"step": 2}\n')
+    beside = tmp_path / "metrics.removed.jsonl"
+    beside.write_bytes(b'{"step": 2')
+    assert cut_metrics(tmp_path, len(b'{"step": 1}\n')) > 0
+    assert beside.read_bytes() == b'{"step": 2\n{"step": 2}\n' and path.read_bytes() == b'{"step": 1}\n'

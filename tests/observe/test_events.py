@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from pathlib import Path
 
@@ -58,3 +59,20 @@ def test_a_run_that_ended_well(tmp_path: Path) -> None:
     with run_events(tmp_path):
         pass
     assert [r["kind"] for r in read_events(tmp_path / "events.jsonl").records] == ["start", "end"]
+
+
+def test_threads_write_at_one_time(tmp_path: Path) -> None:
+    log = EventLog(tmp_path)
+
+    def write(name: str) -> None:
+        for number in range(200):
+            log.write("note", f"{name} {number}")
+
+    threads = [threading.Thread(target=write, args=(name,)) for name in "abc"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    found = read_events(tmp_path / "events.jsonl")
+    assert found.damaged == 0
+    assert sorted(event["words"] for event in found.records) == sorted(f"{n} {i}" for n in "abc" for i in range(200))

@@ -45,6 +45,20 @@ def test_a_condition_is_met_in_a_row_or_not_at_all() -> None:
     assert low.reason == "loss is 0.05, below 0.1" and low.unseen == "lr"
 
 
+def test_what_was_met_stays_so_and_changed_conditions_begin_anew() -> None:
+    first = StopWhen(metric="reward/mean", above=0.5, in_a_row=2)
+    stopping = Stopping([first])
+    for value in (0.6, 0.7, 0.1):
+        stopping.observe({"reward/mean": value})
+    assert stopping.reason == "reward/mean is 0.7, above 0.5, 2 times in a row"
+    changed = Stopping([StopWhen(metric="reward/mean", above=0.99, in_a_row=2), first])
+    changed.restore(stopping.state())
+    assert changed.unseen == "reward/mean" and changed.reason == stopping.reason
+    alone = Stopping([StopWhen(metric="loss", above=0.5, in_a_row=2)])
+    alone.restore(stopping.state())
+    assert not alone.over
+
+
 def _config(files: Path, run_dir: Path, first: dict[str, Any], **more: Any) -> dict[str, Any]:
     sft = {"kind": "sft", "data": {"path": str(files / "task/train.jsonl")}, "batch_size": 4}
     return {
