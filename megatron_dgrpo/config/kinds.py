@@ -42,7 +42,7 @@ class Stage(Frozen):
     """What happens when a loss token or the gradient's norm is NaN or infinite, before the update: stop, or skip; a
     kind's name alone, or a mapping with its settings. Either way stage, step, rank and sample are named."""
     dry_batch: bool = True
-    """Before the first step, go through a batch of the largest size that the stage may have, without an update: what
+    """Before the first step, go through a batch of the greatest lengths that the stage has, without an update: what
     does not fit into memory ends the run there, and not after hours."""
     stop_when: StopConditions = ()
     """Any of these ends the stage at the end of a step, before its last one; the next stage follows."""

@@ -1,4 +1,4 @@
-"""A dry batch of the largest size before a stage's first step: what does not fit into memory shows at once.
+"""A dry batch of the greatest lengths before a stage's first step: what does not fit into memory shows at once.
 
 The batch is made up: of a rollout stage, groups of the longest prompt that leaves room for the longest responses, of a
 static one, examples as long as the data's longest (of a stream, as long as a micro-batch). There are as many as fill
@@ -80,7 +80,7 @@ def rehearse(run: Run, stage: Stage, number: int, make: Make | None) -> None:
     peaks = _of_all_ranks(peak) if stage.uses_teacher else _of_all_ranks(peak, run.groups.world)
     most = max(range(len(peaks)), key=peaks.__getitem__)
     run.note(
-        f"stage {number} ({run.config.stages[number].kind}): a batch of the largest size fits: {size.words}, in "
+        f"stage {number} ({run.config.stages[number].kind}): a batch of the greatest lengths fits: {size.words}, in "
         f"{packed}, in {time.monotonic() - began:.1f} s; {peaks[most] / 2**30:.2f} GiB at most (rank {most})",
         kind="memory",
     )
@@ -228,8 +228,8 @@ def _told(run: Run, stage: Stage, number: int, size: Size) -> Iterator[None]:
                 raise
         first = str(error).strip().splitlines()[0] if words.strip() else type(error).__name__
         raise CapacityError(
-            f"stage {number} ({run.config.stages[number].kind}): a batch of the largest size does not fit into memory "
-            f"(rank {run.rank}, {_peak() / 2**30:.2f} GiB at most): {size.words}, packed into micro-batches of "
+            f"stage {number} ({run.config.stages[number].kind}): a batch of the greatest lengths does not fit into "
+            f"memory (rank {run.rank}, {_peak() / 2**30:.2f} GiB at most): {size.words}, packed into micro-batches of "
             f"{stage.micro_batch_tokens:,} tokens. {first}\n{_remedy(run, stage, number)}"
         ) from error
 

@@ -19,7 +19,7 @@ def _completion(prompt: str, sample: int, versions: tuple[int, ...] = (VERSION, 
     return Completion(prompt, sample, tokens, -np.ones(count, np.float32), "stop", np.asarray(versions, np.int32), 0)
 
 
-def _collected(script: list[tuple[Any, ...]], fails: str = "") -> Any:
+def _collected(script: list[tuple[Any, ...]], fails: str = "", **before: int) -> Any:
     """The groups that come out of these answers, or the error."""
     from types import SimpleNamespace
 
@@ -59,7 +59,9 @@ def _collected(script: list[tuple[Any, ...]], fails: str = "") -> Any:
         config=SimpleNamespace(engines={"rollout": SimpleNamespace(request_timeout_s=5.0)}),
     )
     rows = [PromptRow("p0", "?", "1"), PromptRow("p1", "?", "10")]
-    asked = Asked("rollout", rows, Sampling(max_tokens=4), 2, [ExactMatch(kind="exact_match")], seed=11, step=4)
+    asked = Asked(
+        "rollout", rows, Sampling(max_tokens=4), 2, [ExactMatch(kind="exact_match")], seed=11, step=4, **before
+    )
     try:
         return [
             (g.prompt_id, [(r.sample, r.seed, r.rewards["exact_match"]) for r in g.responses])
@@ -84,6 +86,22 @@ def test_groups_come_as_they_end_with_their_seeds_and_rewards() -> None:
 
 def test_a_group_that_a_reward_fails_on_has_no_responses() -> None:
     assert [(name, len(responses)) for name, responses in run_forked(_collected, ALL, "11")] == [("p1", 0), ("p0", 2)]
+
+
+def _in_a_later_round(before: dict[str, int]) -> Any:
+    from megatron_dgrpo.errors import RewardError
+
+    try:
+        return len(_collected(ALL, "11", **before))
+    except RewardError as error:
+        return str(error)
+
+
+def test_failures_of_a_later_round_are_counted_over_the_step() -> None:
+    assert run_forked(_in_a_later_round, {"asked_before": 2, "skipped_before": 1}) == 2
+    assert "2 of 3 prompts, which is more than half" in run_forked(
+        _in_a_later_round, {"asked_before": 1, "skipped_before": 1}
+    )
 
 
 WRONG = [

@@ -151,7 +151,7 @@ def test_it_is_full_and_leaves_nothing_behind(
     for same, notes, sizes in students:
         assert same
         assert sizes == [68] * axes.get("pp", 1), "two trees of 34 tokens in each micro-batch"
-        assert len(notes) == 2 and "(dgrpo): a batch of the largest size fits: " in notes[0]
+        assert len(notes) == 2 and "(dgrpo): a batch of the greatest lengths fits: " in notes[0]
         groups = 2 * axes.get("pp", 1) * axes.get("dp", 1)
         assert f"{groups} x (a prompt of 19 tokens and 3 responses of 5)" in notes[0] and "GiB at most" in notes[0]
 
@@ -181,7 +181,7 @@ def test_what_does_not_fit_names_sizes_and_settings(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "student", tied=True, seed=1, max_positions=2**20, **SIZES)
     teacher = save_tiny(tmp_path / "teacher", tied=True, seed=2, max_positions=2**20, **SIZES)
     (said,) = run_distributed(_without_memory, 1, str(folder), str(teacher))
-    assert said.startswith("stage 0 (dgrpo): a batch of the largest size does not fit into memory (rank 0, ")
+    assert said.startswith("stage 0 (dgrpo): a batch of the greatest lengths does not fit into memory (rank 0, ")
     assert "1 x (a prompt of 59,995 tokens and 3 responses of 5)" in said and "micro-batches of 65,536 tokens" in said
     for setting in (
         "stages.0.micro_batch_tokens=65536",
@@ -207,7 +207,7 @@ def test_a_run_is_the_same_to_the_bit_with_it_and_without(files: Path, tmp_path:
         figures[dry] = _run(tmp_path, config)
     assert figures[True] == figures[False] and _hash(tmp_path / "True") == _hash(tmp_path / "False")
     static, rollouts = _said(tmp_path / "True", "memory")
-    assert "stage 0 (sft): a batch of the largest size fits: 8 x (a prompt of " in static
+    assert "stage 0 (sft): a batch of the greatest lengths fits: 8 x (a prompt of " in static
     assert (
         "4 x (a prompt of 28 tokens and 4 responses of 4), in micro-batches of up to 176 tokens (1 on rank 0)"
         in rollouts
